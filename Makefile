@@ -1,0 +1,40 @@
+# Each target makes its own environment and can be run again at any time.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-all lint wheel clean
+
+demo: $(READY)
+	$(BIN)/foreshock demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m ""
+
+# mypy does not see an editable install, so it is shown a plain copy of the packages.
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/python -m pip install -q --no-deps --target build/typecheck .
+	MYPYPATH=build/typecheck $(BIN)/mypy
+
+# The wheel, installed alone, must hold every subpackage and register the backend.
+wheel: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist .
+	$(BIN)/python -m pip install -q --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -P -c "import foreshock, foreshock.demo, foreshock.patterns, foreshock.passes, foreshock.monitors; print(foreshock.__file__)"
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV)

@@ -1,0 +1,209 @@
+"""The records that pass between the rooms: sites, weights, readings, alarms and the coverage ledger.
+
+Everything here is a frozen value; nothing here imports another part of foreshock.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightView:
+    """How to read one head's ``[hidden, head_dim]`` factor out of a parameter.
+
+    ``index[h, j]`` is the position, along ``axis`` of the parameter, of channel ``j`` of head ``h``: it covers separate,
+    fused, interleaved and transposed projections alike. Heads that share a factor (grouped-query keys) repeat rows only
+    in ``head_map``: head ``h`` reads group ``head_map[h]`` of ``index``.
+    """
+
+    names: tuple[str, ...]
+    index: Array  # int64 [groups, head_dim]
+    axis: int
+    head_map: tuple[int, ...]
+    parameter: weakref.ref[torch.Tensor] | None = None
+    scale: tuple[str, Array, float] | None = None  # (parameter name, int64 [groups, head_dim], offset): factor * (p + offset)
+    scale_parameter: weakref.ref[torch.Tensor] | None = None
+
+    @property
+    def heads(self) -> int:
+        """Number of heads that can be asked of `factor`."""
+        return len(self.head_map)
+
+    @property
+    def groups(self) -> int:
+        """Number of distinct factors (key/value heads under grouped-query attention)."""
+        return int(self.index.shape[0])
+
+    def resolve(self) -> torch.Tensor | None:
+        """The live parameter, or None once it is gone."""
+        return self.parameter() if self.parameter is not None else None
+
+    def factors(self) -> torch.Tensor:
+        """All distinct factors, ``[groups, hidden, head_dim]``, in the parameter's dtype, detached."""
+        weight = self.resolve()
+        if weight is None:
+            raise LookupError(f"reading the weight {', '.join(self.names)}: the parameter no longer exists")
+        weight = weight.detach()
+        groups, head_dim = self.index.shape
+        rows = weight.index_select(self.axis, torch.as_tensor(self.index.reshape(-1), device=weight.device))
+        rows = rows if self.axis == 0 else rows.T
+        factors = rows.reshape(groups, head_dim, -1).transpose(1, 2)
+        scale = self.scale_parameter() if self.scale_parameter is not None else None
+        if scale is None or self.scale is None:
+            return factors
+        _, positions, offset = self.scale
+        gain = scale.detach().reshape(-1)[torch.as_tensor(positions, device=scale.device)] + offset
+        return factors * gain[:, None, :]
+
+    def factor(self, head: int) -> torch.Tensor:
+        """Head ``head``'s factor, ``[hidden, head_dim]``, so that ``x @ factor`` is the head's projection of ``x``."""
+        return self.factors()[self.head_map[head]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"names": list(self.names), "axis": self.axis, "groups": self.groups, "heads": self.heads}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One watched functional boundary: an attention or a router, with the weights that feed it."""
+
+    id: str
+    name: str
+    kind: str
+    pattern: str
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    causal: bool | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    dtype: str = "float32"
+    q_weight: WeightView | None = field(default=None, compare=False)
+    k_weight: WeightView | None = field(default=None, compare=False)
+    experts: int | None = None
+    top_k: int | None = None
+    scoring: str | None = None
+    weight: WeightView | None = field(default=None, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only; weights keep their names."""
+        plain = asdict(replace(self, q_weight=None, k_weight=None, weight=None))
+        for role in ("q_weight", "k_weight", "weight"):
+            view: WeightView | None = getattr(self, role)
+            plain[role] = None if view is None else view.to_json()
+        return plain
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Site:
+        """The site as stored; weight views come back with their names and no tensor."""
+        values = dict(plain)
+        for role in ("q_weight", "k_weight", "weight"):
+            view = values.get(role)
+            if view is not None:
+                empty = np.zeros((view["groups"], 0), dtype=np.int64)
+                values[role] = WeightView(tuple(view["names"]), empty, view["axis"], tuple(range(view["heads"])))
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One metric at one site and one step: a 1-D float array (length 1, heads, key/value heads, or experts)."""
+
+    metric: str
+    site: str | None
+    values: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """One finding. ``step`` is when it was heard, ``onset`` the estimate of when it began."""
+
+    step: int
+    onset: int
+    site: str | None
+    metric: str
+    value: float
+    expected: str
+    severity: str  # "warning" | "critical"
+    mechanism: str
+    evidence: tuple[str, ...]
+    message: str
+    head: int | None = None
+    expert: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"evidence": list(self.evidence)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Alarm:
+        return cls(**{**plain, "evidence": tuple(plain["evidence"])})
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatus:
+    """A line of the coverage ledger. ``laws`` maps each law to "" where it holds, else to the reason why it does not apply."""
+
+    site: Site
+    evaluations: int
+    sampled: int
+    laws: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "site": self.site.to_json(),
+            "evaluations": self.evaluations,
+            "sampled": self.sampled,
+            "laws": dict(self.laws),
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> SiteStatus:
+        return cls(
+            Site.from_json(plain["site"]), plain["evaluations"], plain["sampled"], plain["laws"], tuple(plain["notes"])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What is watched and what is not, with the reason."""
+
+    statuses: tuple[SiteStatus, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    graph_breaks: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[SiteStatus]:
+        return iter(self.statuses)
+
+    def __len__(self) -> int:
+        return len(self.statuses)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "statuses": [status.to_json() for status in self.statuses],
+            "unmatched": list(self.unmatched),
+            "graph_breaks": self.graph_breaks,
+            "warnings": list(self.warnings),
+        }
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Coverage:
+        return cls(
+            tuple(SiteStatus.from_json(status) for status in plain["statuses"]),
+            tuple(plain["unmatched"]),
+            plain["graph_breaks"],
+            tuple(plain["warnings"]),
+        )
