@@ -1,0 +1,136 @@
+"""The tables of ``run.sqlite``: what each holds and how a column is read back out of them.
+
+``tail`` keeps the newest steps, one row a step: all numbers of the step as float32, cut up by ``field``. ``chunk`` keeps
+the rest, one row per series and few hundred steps, byte planes deflated (about 3.5 bytes a number). For a series and a
+step that both hold, ``tail`` is the newer; among chunks the higher id is.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foreshock.errors import RunError
+from foreshock.records import Array
+from foreshock.series import Queries, Steps, Values, join
+
+FILE = "run.sqlite"
+FORMAT = 1
+SCHEMA = f"""
+PRAGMA page_size = 16384;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+PRAGMA wal_autocheckpoint = 256;
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS coverage (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS alarm (id INTEGER PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS series (id INTEGER PRIMARY KEY, metric TEXT NOT NULL, site TEXT);
+CREATE TABLE IF NOT EXISTS field (layout INTEGER, series INTEGER, start INTEGER, length INTEGER);
+CREATE TABLE IF NOT EXISTS tail (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, layout INTEGER, data BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS chunk (id INTEGER PRIMARY KEY, series INTEGER, steps BLOB NOT NULL, data BLOB NOT NULL);
+CREATE INDEX IF NOT EXISTS field_series ON field (series);
+CREATE INDEX IF NOT EXISTS tail_layout ON tail (layout);
+CREATE INDEX IF NOT EXISTS chunk_series ON chunk (series);
+PRAGMA user_version = {FORMAT};
+COMMIT;
+"""
+COLUMN = """
+SELECT 0 AS newer, id, steps, data FROM chunk WHERE series = :series
+UNION ALL
+SELECT 1, tail.id, tail.step, substr(data, 4 * start + 1, 4 * length)
+FROM field JOIN tail ON tail.layout = field.layout WHERE field.series = :series
+ORDER BY newer, id
+"""
+
+
+def pack(values: Array) -> bytes:
+    """Float32 numbers as byte planes, deflated: the top one, sign and exponent, apart, as it all but goes."""
+    planes = np.ascontiguousarray(values, "<f4").view(np.uint8).reshape(-1, 4).T
+    return zlib.compress(planes[3].tobytes(), 1) + zlib.compress(planes[:3].tobytes(), 1)
+
+
+def unpack(data: bytes) -> Values:
+    stream = zlib.decompressobj()
+    top = stream.decompress(data)
+    planes = np.frombuffer(zlib.decompress(stream.unused_data) + top, np.uint8).reshape(4, -1)
+    return np.ascontiguousarray(planes.T).view("<f4").reshape(-1).astype(np.float64)
+
+
+def pack_steps(steps: Steps) -> bytes:
+    return zlib.compress(np.diff(steps, prepend=0).astype("<i8").tobytes(), 1)
+
+
+def unpack_steps(data: bytes) -> Steps:
+    return np.cumsum(np.frombuffer(zlib.decompress(data), "<i8"), dtype=np.int64)
+
+
+def dump(value: Any) -> str:
+    """JSON; arrays and NumPy or torch scalars become plain numbers, anything else its text."""
+    return json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other))
+
+
+class Tables(Queries):
+    """A `Queries` over an open connection. Each answer is one statement, so it is consistent while a writer writes."""
+
+    path: Path
+
+    def _rows(self, sql: str, **values: Any) -> list[Any]:
+        try:
+            return self._connection().execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise damaged(self.path, error) from error
+
+    def _connection(self) -> sqlite3.Connection:
+        raise NotImplementedError
+
+    def _keys(self) -> list[tuple[str, str | None]]:
+        return self._rows("SELECT metric, site FROM series ORDER BY id")
+
+    def _column(self, metric: str, site: str | None) -> tuple[Steps, Values]:
+        [series, *_] = self._rows(
+            "SELECT id FROM series WHERE metric = :metric AND site IS :site", metric=metric, site=site
+        )
+        parts: list[tuple[Steps, Values]] = []
+        rows = self._rows(COLUMN, series=series[0])
+        try:
+            for (newer, _), group in groupby(rows, key=lambda row: (row[0], row[0] and len(row[3]))):
+                if newer:
+                    parts.append(_tail(list(group)))
+                else:
+                    parts.extend(_chunk(steps, data) for _, _, steps, data in group)
+        except (zlib.error, ValueError) as error:
+            raise damaged(self.path, error) from error
+        return join(parts)
+
+    @property
+    def steps(self) -> Steps:
+        """Every step at which anything was recorded, rising."""
+        try:
+            chunks = [unpack_steps(steps) for (steps,) in self._rows("SELECT DISTINCT steps FROM chunk")]
+        except (zlib.error, ValueError) as error:
+            raise damaged(self.path, error) from error
+        tail = np.array([step for (step,) in self._rows("SELECT DISTINCT step FROM tail")], np.int64)
+        return np.unique(np.concatenate([tail, *chunks]))
+
+
+def _chunk(steps: bytes, data: bytes) -> tuple[Steps, Values]:
+    own = unpack_steps(steps)
+    return own, unpack(data).reshape(len(own), -1)
+
+
+def _tail(rows: list[tuple[int, int, int, bytes]]) -> tuple[Steps, Values]:
+    values = np.frombuffer(b"".join(data for *_, data in rows), "<f4").astype(np.float64)
+    return np.array([step for _, _, step, _ in rows], np.int64), values.reshape(len(rows), -1)
+
+
+def damaged(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"reading {path}: not a foreshock run, or a damaged one ({error}); restore it from a copy, or start a new run folder"
+    )
