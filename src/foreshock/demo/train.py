@@ -26,19 +26,20 @@ BALANCE = 0.01
 
 @dataclass(frozen=True)
 class Ramp:
-    """A factor that grows linearly from 1 to ``peak`` over ``steps`` steps and stays there."""
+    """A factor that grows from 1 to ``peak``, by the same ratio each step for ``steps`` steps, and stays there."""
 
     peak: float = 1.0
-    steps: int = 1
+    steps: int = 800
 
     def __call__(self, since: int) -> float:
-        return 1 + (self.peak - 1) * min(max(since, 0) / self.steps, 1.0)
+        return float(self.peak ** min(max(since, 0) / self.steps, 1.0))
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong from the chosen step on: the kernel, the two learning rates, or the balancing loss."""
+    """What goes wrong from the chosen step on: the kernel, a learning rate, or the weight of the balancing loss."""
 
+    note: str
     attention: kernel.Fault = kernel.HEALTHY
     learning_rate: Ramp = Ramp()
     router_learning_rate: Ramp = Ramp()
@@ -46,13 +47,24 @@ class Fault:
 
 
 FAULTS = {
-    "none": Fault(),
-    "attention": Fault(attention=kernel.Fault(out=Rounding(bits=0))),
-    "attention-1bit": Fault(attention=kernel.Fault(out=Rounding(bits=1))),
-    "attention-backward": Fault(attention=kernel.Fault(delta=Rounding(bits=0))),
-    "router-balance": Fault(balance=-10.0),
-    "router-lr": Fault(router_learning_rate=Ramp(100, 800)),
-    "lr-ramp": Fault(learning_rate=Ramp(30, 800), router_learning_rate=Ramp(30, 800)),
+    "none": Fault("nothing goes wrong"),
+    "attention": Fault(
+        "the attention kernel rounds its output away from zero and keeps one mantissa bit",
+        attention=kernel.Fault(out=Rounding(bits=1)),
+    ),
+    "attention-backward": Fault(
+        "the attention kernel's backward rounds the output it reads to a power of two, away from zero",
+        attention=kernel.Fault(delta=Rounding(bits=0)),
+    ),
+    "attention-one-layer": Fault(
+        "as `attention`, in the second layer only",
+        attention=kernel.Fault(out=Rounding(bits=1), layer=1, layers=2),
+    ),
+    "router": Fault("the load-balancing loss turns its sign and grows tenfold", balance=-10.0),
+    "router-learning-rate": Fault("the routers' learning rate ramps up a hundredfold", router_learning_rate=Ramp(100)),
+    "learning-rate": Fault(
+        "the learning rate ramps up thirtyfold over 800 steps", learning_rate=Ramp(30), router_learning_rate=Ramp(30)
+    ),
 }
 
 

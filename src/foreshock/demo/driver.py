@@ -1,0 +1,106 @@
+"""`foreshock demo`: one small model trained healthy and with faults, and how far the first alarm leads the loss."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import foreshock
+from foreshock.demo.data import Corpus, standard_library
+from foreshock.demo.departure import RULE, departure
+from foreshock.demo.train import FAULTS, train
+from foreshock.monitors.report import write_report
+
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train, when the faults start, and which of `FAULTS` to show, the one to report on first."""
+
+    steps: int
+    at: int
+    faults: tuple[str, ...]
+
+
+FULL = Plan(steps=1000, at=400, faults=("attention", "router", "learning-rate"))
+QUICK = Plan(steps=100, at=40, faults=("attention",))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One watched run: its losses, its first alarm and the module path that the alarm points to."""
+
+    losses: list[float]
+    alarm: foreshock.Alarm | None
+    site: str
+
+
+def run_demo(out: Path, quick: bool = False) -> int:
+    """Train every scenario under ``out`` and print the table.
+
+    Returns 0 if each fault was heard before the loss departed and the healthy run was silent, else 1.
+    """
+    console = Console()
+    plan = QUICK if quick else FULL
+    corpus = standard_library()
+    console.print(
+        f"A mixture-of-experts model learns {len(corpus.tokens):,} bytes of Python's standard library "
+        f"(sha256 {corpus.sha256[:12]}). From step {plan.at} of {plan.steps}:"
+    )
+    for name in plan.faults:
+        console.print(f"  [bold]{name}[/]: {FAULTS[name].note}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one thread makes the healthy run an exact twin of each faulty run up to the fault
+    columns = TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    try:
+        with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
+            outcomes = {name: _watched(name, out / name, plan, corpus, progress) for name in ("none", *plan.faults)}
+    finally:
+        torch.set_num_threads(threads)
+    healthy = outcomes.pop("none")
+    departures = {name: departure(outcome.losses, healthy.losses) for name, outcome in outcomes.items()}
+    console.print(_table(healthy, outcomes, departures, plan))
+    console.print(RULE)
+    report = out / f"{plan.faults[0]}.html"
+    write_report(foreshock.open_run(out / plan.faults[0]), report)
+    console.print(f"runs:   {out.resolve()}\nreport: {report.resolve()}", soft_wrap=True)
+    heard = all(_in_time(outcome.alarm, departures[name], plan.at) for name, outcome in outcomes.items())
+    return 0 if heard and healthy.alarm is None else 1
+
+
+def _watched(name: str, run: Path, plan: Plan, corpus: Corpus, progress: Progress) -> Outcome:
+    task = progress.add_task(name, total=plan.steps, loss="compiling")
+    torch.compiler.reset()
+    with foreshock.Watch(run, every=10) as watch:
+
+        def on_step(step: int, loss: float) -> None:
+            watch.log(loss=loss)
+            progress.update(task, completed=step + 1, loss=f"loss {loss:.3f}")
+
+        result = train(
+            watch.backend, steps=plan.steps, seed=SEED, fault=FAULTS[name], at=plan.at, corpus=corpus, on_step=on_step
+        )
+    alarm = min(watch.alarms, key=lambda alarm: alarm.step, default=None)
+    names = {site.id: site.name for site in watch.sites}
+    return Outcome(result.losses, alarm, names.get(alarm.site or "", "whole run") if alarm else "")
+
+
+def _in_time(alarm: foreshock.Alarm | None, departed: int | None, at: int) -> bool:
+    return alarm is not None and at <= alarm.step and (departed is None or alarm.step < departed)
+
+
+def _table(healthy: Outcome, faulty: dict[str, Outcome], departures: dict[str, int | None], plan: Plan) -> Table:
+    table = Table("fault", "first alarm", "mechanism named", "site", "loss departs", "lead")
+    for column in table.columns:
+        column.overflow = "fold"
+    for name, outcome in {"none (healthy)": healthy, **faulty}.items():
+        alarm, departed = outcome.alarm, departures.get(name)
+        found = (f"step {alarm.step}", alarm.mechanism, outcome.site) if alarm else ("no alarm", "", "")
+        left = f"step {departed}" if departed is not None else f"not within {plan.steps} steps"
+        lead = f"{departed - alarm.step} steps" if alarm and departed is not None else ""
+        table.add_row(name, *found, "" if outcome is healthy else left, lead)
+    return table
