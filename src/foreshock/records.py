@@ -6,7 +6,7 @@ Everything here is a frozen value; nothing here imports another part of foreshoc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,26 @@ import numpy.typing as npt
 import torch
 
 Array = npt.NDArray[Any]
+Facts = Mapping[str, Any]  # plain facts of a site: sizes, scale, layout; JSON values only
+Tensors = Mapping[str, torch.Tensor]  # by role
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What is measured at one kind of site.
+
+    ``forward(facts, tensors, rows)`` and ``backward(facts, tensors, gradients)`` return named tensors, spelled in pure torch
+    ops without control flow on values; ``rows`` is a vector of fresh uniform numbers in [0, 1). They are traced into the
+    user's graph. Each named result is a quantity that adds up over microbatches, or merges by maximum if it is in
+    ``maxima``. ``finish(facts, quantities)`` turns the merged quantities (1-D float64 arrays) into metrics by name.
+    """
+
+    name: str
+    kind: str
+    forward: Callable[[Facts, Tensors, torch.Tensor], Mapping[str, torch.Tensor]]
+    finish: Callable[[Facts, Mapping[str, Array]], Mapping[str, Array]]
+    backward: Callable[[Facts, Tensors, Tensors], Mapping[str, torch.Tensor]] | None = None
+    maxima: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +51,9 @@ class WeightView:
     axis: int
     head_map: tuple[int, ...]
     parameter: weakref.ref[torch.Tensor] | None = None
-    scale: tuple[str, Array, float] | None = None  # (parameter name, int64 [groups, head_dim], offset): factor * (p + offset)
+    scale: tuple[str, Array, float] | None = (
+        None  # (parameter name, int64 [groups, head_dim], offset): factor * (p + offset)
+    )
     scale_parameter: weakref.ref[torch.Tensor] | None = None
 
     @property

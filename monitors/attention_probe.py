@@ -1,0 +1,214 @@
+"""What is measured at an attention boundary: tensor statistics, sampled rows recomputed in fp32, and the laws' sums.
+
+Shape suffixes: B batch, S queries, T keys, H query heads, G key/value heads, h head dim, v value dim, N sampled sequences,
+R sampled rows a sequence. Definitions and sources: `foreshock.monitors.metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foreshock.records import Array, Facts, Probe, Tensors
+
+SEQUENCES = 4  # sampled sequences a call: rows of one sequence are correlated, copies of all keys are not free
+
+
+def _heads_first(facts: Facts, tensors: Tensors) -> dict[str, Tensor]:
+    if facts["layout"] == "BHSD":
+        return dict(tensors)
+    return {role: x if role == "mask" else x.transpose(1, 2) for role, x in tensors.items()}
+
+
+def _nonfinite(*tensors: Tensor) -> Tensor:
+    return torch.stack([(~torch.isfinite(x)).sum().float() for x in tensors])
+
+
+def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
+    """Sums over batch and positions, a head each; sampled rows where causality, mask and scale are known."""
+    t = _heads_first(facts, tensors)
+    found: dict[str, Tensor] = {}
+    for role in ("q", "k", "v", "out"):
+        x = t[role].float()
+        found[f"{role}_mean_square"] = x.square().mean((0, 2, 3))
+        found[f"{role}_absmax"] = x.abs().amax((0, 2, 3))
+    found["calls"] = torch.ones_like(found["q_absmax"][:1])
+    found["nonfinite"] = _nonfinite(t["q"], t["k"], t["v"], t["out"])
+    if facts["rows"]:
+        found.update(_sampled_rows(facts, t, rows))
+    return found
+
+
+def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    q_BHSh, k_BGTh, v_BGTv = t["q"], t["k"], t["v"]
+    batch, heads, queries, _ = q_BHSh.shape
+    groups, keys = k_BGTh.shape[1], k_BGTh.shape[2]
+    sequences = min(SEQUENCES, batch, facts["rows"]) if isinstance(batch, int) else 1
+    each = facts["rows"] // sequences
+    b_N = (rows[facts["rows"] : facts["rows"] + sequences] * batch).long().clamp(max=batch - 1)
+    strata = torch.arange(each, device=rows.device) + rows[: sequences * each].reshape(sequences, each)
+    i_NR = (strata / each * queries).long().clamp(max=queries - 1)
+
+    def pick(x_BHSd: Tensor) -> Tensor:  # [N, H, R, d], fp32
+        return x_BHSd.transpose(1, 2)[b_N.unsqueeze(1), i_NR].transpose(1, 2).float()
+
+    shape_NGQ = (sequences, groups, (heads // groups) * each)
+    q_NGQh = pick(q_BHSh).reshape(*shape_NGQ, -1)
+    k_NGTh, v_NGTv = k_BGTh.index_select(0, b_N).float(), v_BGTv.index_select(0, b_N).float()
+    logits = (q_NGQh @ k_NGTh.transpose(2, 3) * facts["scale"]).reshape(sequences, heads, each, keys)
+    visible, bias = _visible(facts, t.get("mask"), b_N, i_NR, (batch, queries, keys))
+    if bias is not None:
+        logits = logits + bias
+    if visible is not None:
+        logits = torch.where(visible, logits, float("-inf"))
+        visible_count = visible.sum(-1, keepdim=True).float().expand(sequences, heads, each, 1)[..., 0]
+    else:
+        visible_count = torch.full_like(logits[..., 0], keys)
+    alive = (visible_count > 0) & torch.isfinite(logits.amax(-1))
+    lse = torch.where(alive, torch.logsumexp(logits, -1), 0.0)
+    p = torch.where(alive.unsqueeze(-1), (logits - lse.unsqueeze(-1)).exp(), 0.0)
+    entropy = lse - (p * torch.where(p > 0, logits, 0.0)).sum(-1)
+    entropy = torch.where(alive, entropy, 0.0)
+    first = (
+        torch.zeros_like(logits[..., :1]).long()
+        if visible is None
+        else (visible.float().argmax(-1, keepdim=True).expand(sequences, heads, each, 1))
+    )
+    log_visible = torch.where(visible_count > 1, visible_count, 2.0).log()
+    several = alive & (visible_count > 1)
+    found = {
+        "row_count": alive.float().sum((0, 2)),
+        "row_logit_max": logits.amax((0, 2, 3)),
+        "row_entropy": entropy.sum((0, 2)),
+        "row_entropy_square": entropy.square().sum((0, 2)),
+        "row_entropy_norm": torch.where(several, entropy / log_visible, 0.0).sum((0, 2)),
+        "row_several": several.float().sum((0, 2)),
+        "row_sink": p.gather(-1, first).sum((0, 2, 3)),
+        "row_lse": lse.sum((0, 2)),
+        "row_lse_max": torch.where(alive, lse, float("-inf")).amax((0, 2)),
+    }
+    if facts["dropout"] == 0.0:
+        shadow = (p.reshape(*shape_NGQ, keys) @ v_NGTv).reshape(sequences, heads, each, -1)
+        error = torch.where(alive.unsqueeze(-1), pick(t["out"]) - shadow, 0.0)
+        found["shadow_along"] = (error * shadow).sum((0, 2, 3))
+        found["shadow_square"] = shadow.square().sum((0, 2, 3))
+        found["shadow_error"] = error.square().sum((0, 2, 3))
+    return found
+
+
+def _visible(
+    facts: Facts, mask: Tensor | None, b_N: Tensor, i_NR: Tensor, sizes: tuple[int, int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which keys each sampled row sees, and what is added to its logits; each broadcasts to ``[N, H, R, T]``."""
+    visible = bias = None
+    batch, queries, keys = sizes
+    if facts["causal"]:
+        visible = (torch.arange(keys, device=i_NR.device) <= i_NR.unsqueeze(-1)).unsqueeze(1)
+    if mask is not None:
+        while mask.ndim < 4:
+            mask = mask.unsqueeze(0)
+        picked = (
+            mask.expand(batch, mask.shape[1], queries, keys).transpose(1, 2)[b_N.unsqueeze(1), i_NR].transpose(1, 2)
+        )
+        if picked.dtype == torch.bool:
+            seen = picked
+        else:
+            seen, bias = picked > torch.finfo(picked.dtype).min / 2, picked.float()
+        visible = seen if visible is None else visible & seen
+    return visible, bias
+
+
+def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
+    """The laws' sums, a key/value head each, and gradient statistics."""
+    t = {role: x.float() for role, x in _heads_first(facts, tensors).items()}
+    g = {role: x.float() for role, x in _heads_first(facts, gradients).items()}
+    q, k, dq, dk, dv, do = t["q"], t["k"], g["q"], g["k"], g["v"], g["out"]
+    groups = k.shape[1]
+
+    def per_group(x_BH: Tensor) -> Tensor:  # sum over the query heads of each group
+        return x_BH.reshape(x_BH.shape[0], groups, -1, *x_BH.shape[2:]).sum(2)
+
+    dk_sum, dv_sum, do_sum = dk.sum(2), dv.sum(2), per_group(do.sum(2))
+    q_dq, k_dk = (q * dq).sum(3), (k * dk).sum(3)
+    delta = (do * t["out"]).sum(3)
+    u = per_group((delta.unsqueeze(3) * q).sum(2)) * (facts["scale"] or 1.0)
+    return {
+        "key_shift": dk_sum.square().sum((0, 2)),
+        "key_norm": dk.square().sum((0, 2, 3)),
+        "value_mass": (dv_sum - do_sum).square().sum((0, 2)),
+        "value_norm": do_sum.square().sum((0, 2)) + dv_sum.square().sum((0, 2)),
+        "value_floor": do.square().sum((0, 2, 3)).reshape(groups, -1).sum(1),
+        "euler_q": per_group(q_dq.sum(2)).sum(0),
+        "euler_k": k_dk.sum((0, 2)),
+        "euler_norm": per_group(q_dq.square().sum(2)).sum(0) + k_dk.square().sum((0, 2)),
+        "bias_num": -(dk_sum * u).sum((0, 2)),
+        "bias_den": u.square().sum((0, 2)),
+        "delta": delta.sum((0, 2)),
+        "delta_positive": (delta > 0).float().sum((0, 2)),
+        "delta_rows": torch.ones_like(delta).sum((0, 2)),
+        "grad_q": dq.square().sum((0, 2, 3)),
+        "grad_v": dv.square().sum((0, 2, 3)),
+        "grad_out": do.square().sum((0, 2, 3)),
+        "grad_nonfinite": _nonfinite(dq, dk, dv, do),
+        "grad_absmax": torch.stack([x.abs().amax() for x in (dq, dk, dv, do)]),
+    }
+
+
+def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Merged sums -> metrics. 0/0 is NaN: not available."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: dict[str, Array] = {}
+        if "calls" in q:
+            for role in ("q", "k", "v", "out"):
+                found[f"attention/{role}_rms"] = np.sqrt(q[f"{role}_mean_square"] / q["calls"])
+                found[f"attention/{role}_absmax"] = q[f"{role}_absmax"]
+            found["attention/nonfinite"] = q["nonfinite"]
+        if "row_count" in q:
+            n = q["row_count"]
+            mean = q["row_entropy"] / n
+            found |= {
+                "attention/logit_max": q["row_logit_max"],
+                "attention/entropy": mean,
+                "attention/entropy_se": np.sqrt(np.maximum(q["row_entropy_square"] / n - mean**2, 0) / n),
+                "attention/entropy_norm": q["row_entropy_norm"] / q["row_several"],
+                "attention/sink": q["row_sink"] / n,
+                "attention/lse": q["row_lse"] / n,
+                "attention/lse_max": q["row_lse_max"],
+            }
+        if "shadow_square" in q:
+            found["attention/shadow_bias"] = q["shadow_along"] / q["shadow_square"]
+            found["attention/shadow_rms"] = np.sqrt(q["shadow_error"] / q["shadow_square"])
+        if "key_norm" in q:
+            found |= _finish_backward(facts, q)
+    return found
+
+
+def _finish_backward(facts: Facts, q: Mapping[str, Array]) -> dict[str, Array]:
+    return {
+        "law/key_shift": np.sqrt(q["key_shift"] / q["key_norm"]),
+        "law/value_mass": np.sqrt(q["value_mass"] / q["value_norm"]),
+        "law/euler": np.abs(q["euler_q"] - q["euler_k"]) / np.sqrt(q["euler_norm"]),
+        "law/bias_num": q["bias_num"],
+        "law/bias_den": q["bias_den"],
+        "attention/grad_delta": q["delta"] / q["delta_rows"],
+        "attention/grad_delta_sign": 2 * q["delta_positive"] / q["delta_rows"] - 1,
+        "attention/grad_q_norm": np.sqrt(q["grad_q"]),
+        "attention/grad_k_norm": np.sqrt(q["key_norm"]),
+        "attention/grad_v_norm": np.sqrt(q["grad_v"]),
+        "attention/grad_out_norm": np.sqrt(q["grad_out"]),
+        "attention/grad_nonfinite": q["grad_nonfinite"],
+        "attention/grad_absmax": q["grad_absmax"],
+    }
+
+
+ATTENTION = Probe(
+    name="attention",
+    kind="attention",
+    forward=forward,
+    finish=finish,
+    backward=backward,
+    maxima=frozenset({"q_absmax", "k_absmax", "v_absmax", "out_absmax", "row_logit_max", "row_lse_max", "grad_absmax"}),
+)

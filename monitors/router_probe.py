@@ -1,0 +1,126 @@
+"""What is measured at a mixture-of-experts router: how sharply, how evenly and how decidedly it routes.
+
+Shape suffixes: T tokens, E experts, K chosen experts a token. Definitions and sources: `foreshock.monitors.metrics`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foreshock.records import Array, Facts, Probe, Tensors
+
+# The margin sketch: scores lie in [0, 1] after softmax or sigmoid, in 36 bins a factor 10^(1/6) wide from 1e-6 up, and one
+# below. Fixed bins add up over microbatches and ranks.
+DECADES, BINS_A_DECADE = 6, 6
+MARGIN_EDGES = np.concatenate([[0.0], np.logspace(-DECADES, 0, DECADES * BINS_A_DECADE + 1)])
+
+
+def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
+    """Sums over tokens."""
+    experts, top_k = facts["experts"], facts["top_k"]
+    logits_TE = tensors["logits"].reshape(-1, experts).float()
+    scores_TE = tensors["scores"].reshape(-1, experts).float()
+    chosen_TK = tensors["indices"].reshape(-1, top_k)
+    ones_T = torch.ones_like(logits_TE[:, 0])
+    lse_T = torch.logsumexp(logits_TE, -1)
+    if facts["scoring"] == "sigmoid":
+        mass_TE = logits_TE.sigmoid()
+        p_TE = mass_TE / mass_TE.sum(-1, keepdim=True)
+        entropy_T = -(torch.special.xlogy(p_TE, p_TE)).sum(-1)
+    else:
+        p_TE = (logits_TE - lse_T.unsqueeze(-1)).exp()
+        entropy_T = lse_T - (p_TE * logits_TE).sum(-1)
+    gates_TK = p_TE.gather(-1, chosen_TK)
+    gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
+    nobody_E = torch.zeros_like(logits_TE[0])
+    found = {
+        "tokens": ones_T.sum(),
+        "entropy": entropy_T.sum(),
+        "load": nobody_E.scatter_add(0, chosen_TK.reshape(-1), torch.ones_like(gates_TK).reshape(-1)),
+        "gate_mass": nobody_E.scatter_add(0, chosen_TK.reshape(-1), gates_TK.reshape(-1)),
+        "z": lse_T.square().sum(),
+        "logit_absmax": logits_TE.abs().amax(),
+        "nonfinite": (~torch.isfinite(logits_TE)).sum().float(),
+    }
+    if top_k < experts:
+        taken_TE = torch.zeros_like(scores_TE).scatter(-1, chosen_TK, 1.0) > 0
+        worst_in = torch.where(taken_TE, scores_TE, float("inf")).amin(-1)
+        best_out = torch.where(taken_TE, float("-inf"), scores_TE).amax(-1)
+        margin_T = worst_in - best_out
+        bins = DECADES * BINS_A_DECADE
+        position = (margin_T.clamp(min=1e-30).log10() + DECADES) * BINS_A_DECADE
+        bin_T = position.floor().clamp(-1, bins - 1).nan_to_num().long() + 1
+        counts = torch.zeros(bins + 1, device=logits_TE.device).scatter_add(0, bin_T, ones_T)
+        found |= {"margin": margin_T.sum(), "margin_bins": counts}
+    if "input" in tensors:
+        x = tensors["input"].float()
+        found |= {
+            "input_mean_square": x.square().mean(),
+            "input_absmax": x.abs().amax(),
+            "calls": torch.ones_like(x.amax()),
+        }
+    return found
+
+
+def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
+    """Of the logits' gradient."""
+    grad = gradients["logits"].float()
+    return {"grad": grad.square().sum(), "grad_nonfinite": (~torch.isfinite(grad)).sum().float()}
+
+
+def _quantile(bins: Array, share: float) -> float:
+    """The margin below which ``share`` of tokens lie, interpolated in its bin."""
+    below = np.concatenate([[0.0], np.cumsum(bins)])
+    return float(np.interp(share * below[-1], below, MARGIN_EDGES))
+
+
+def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Merged sums -> metrics. 0/0 is NaN: not available."""
+    found: dict[str, Array] = {}
+    one = np.atleast_1d
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if "tokens" in q:
+            tokens, experts = float(q["tokens"][0]), facts["experts"]
+            load = q["load"] / q["load"].sum()
+            mean = 1.0 / experts
+            spread = -np.sum(np.where(load > 0, load * np.log(np.where(load > 0, load, 1.0)), 0.0))
+            found |= {
+                "router/entropy": q["entropy"] / tokens,
+                "router/entropy_norm": q["entropy"] / tokens / np.log(experts),
+                "router/load": load,
+                "router/load_max_ratio": one(load.max() / mean),
+                "router/max_violation": one(load.max() / mean - 1),
+                "router/load_cv": one(load.std() / mean),
+                "router/load_entropy": one(spread),
+                "router/effective_experts": one(np.exp(spread)),
+                "router/dead_experts": one(np.mean(load < 0.1 * mean)),
+                "router/gate_mass": q["gate_mass"] / q["gate_mass"].sum(),
+                "router/z": q["z"] / tokens,
+                "router/logit_absmax": q["logit_absmax"],
+                "router/nonfinite": q["nonfinite"],
+            }
+            if "margin" in q:
+                found["router/margin"] = q["margin"] / tokens
+                for name, share in (("p1", 0.01), ("p10", 0.10)):
+                    found[f"router/margin_{name}"] = one(_quantile(q["margin_bins"], share))
+            if "calls" in q:
+                found["router/input_rms"] = np.sqrt(q["input_mean_square"] / q["calls"])
+                found["router/input_absmax"] = q["input_absmax"]
+        if "grad" in q:
+            found["router/grad_norm"] = np.sqrt(q["grad"])
+            found["router/grad_nonfinite"] = q["grad_nonfinite"]
+    return found
+
+
+ROUTER = Probe(
+    name="router",
+    kind="router",
+    forward=forward,
+    finish=finish,
+    backward=backward,
+    maxima=frozenset({"logit_absmax", "input_absmax"}),
+)

@@ -1,0 +1,25 @@
+"""Copy a captured graph, for Dynamo reads the one it handed out again afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+
+def copy_graph(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A copy that shares ``module``'s submodules and metadata, and the map from old to new nodes."""
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    returned: Any = graph.graph_copy(module.graph, mapping, return_output_node=True)
+    value, old_output = returned if returned is not None else (None, None)
+    if old_output is not None:
+        new_output = graph.output(value)
+        new_output.meta = dict(old_output.meta)
+        mapping[old_output] = new_output
+    for old, new in mapping.items():
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # how AOTAutograd tells inputs apart
+    copied = GraphModule(module, graph)
+    copied.meta = dict(module.meta)
+    return copied, mapping

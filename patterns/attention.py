@@ -1,0 +1,236 @@
+"""Scaled dot-product attention: PyTorch's own call, and opaque kernels described by the roles of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from foreshock.errors import PatternError
+from foreshock.patterns.graph import GraphView
+from foreshock.patterns.ops import argument, op, shape, tensor, value
+from foreshock.patterns.pattern import Match, Miss, Pattern
+from foreshock.patterns.provenance import Origin, Untraced, head_axis, trace_heads, weight_view
+
+LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
+
+
+def _match_sdpa(view: GraphView, node: Node) -> Match | Miss:
+    operands: dict[str, int | str] = {}
+    for position, (role, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
+        operands[role] = name if name in node.kwargs else position
+    mask = argument(node, 3, "attn_mask")
+    return _attention(
+        view,
+        node,
+        pattern="scaled_dot_product_attention",
+        operands=operands,
+        out=node,
+        layout="BHSD",
+        causal=argument(node, 5, "is_causal", False),
+        mask=mask if isinstance(mask, Node) else None,
+        scale=argument(node, 6, "scale"),
+        dropout=argument(node, 4, "dropout_p", 0.0),
+    )
+
+
+SDPA = Pattern("scaled_dot_product_attention", frozenset({"scaled_dot_product_attention"}), _match_sdpa)
+
+
+def attention_op(
+    name: str,
+    *,
+    q: int | str = 0,
+    k: int | str = 1,
+    v: int | str = 2,
+    output: int | None = 0,
+    layout: str | None = None,
+    causal: bool | int | str | None = None,
+    scale: float | int | str | None = None,
+) -> Pattern:
+    """A pattern for an opaque attention kernel, ``"namespace::name"``.
+
+    ``q``, ``k``, ``v`` say which argument (position or name) is ``[B, H, S, h]`` (``layout="BHSD"``) or ``[B, S, H, h]``
+    (``"BSHD"``; None: decided from the projections); ``output`` is the index of the attention output among the results.
+    ``causal`` is a constant, or the argument that says so; None: not known, and the monitors that recompute rows stay out.
+    """
+    if layout not in (None, "BHSD", "BSHD"):
+        raise PatternError(f"describing {name}: layout is {layout!r}; give 'BHSD', 'BSHD' or None")
+    if "::" not in name:
+        raise PatternError(f"describing {name!r}: give the op's qualified name, 'namespace::name'")
+
+    def match(view: GraphView, node: Node) -> Match | Miss:
+        schema = getattr(node.target, "_schema", None)
+        order = [argument_.name for argument_ in schema.arguments] if schema else []
+
+        def find(where: Any) -> Any:
+            if isinstance(where, str):
+                return argument(node, order.index(where) if where in order else 10**6, where)
+            return argument(node, where, order[where] if where < len(order) else "")
+
+        operands: dict[str, int | str] = {}
+        for role, where in (("q", q), ("k", k), ("v", v)):
+            position = order.index(where) if isinstance(where, str) and where in order else where
+            keyword = order[position] if isinstance(position, int) and position < len(order) else str(position)
+            operands[role] = keyword if keyword in node.kwargs else position
+        return _attention(
+            view,
+            node,
+            pattern=name,
+            operands=operands,
+            out=_result(node, output),
+            layout=layout,
+            causal=find(causal) if isinstance(causal, str) or type(causal) is int else causal,
+            mask=None,
+            scale=find(scale) if isinstance(scale, str) or type(scale) is int else scale,
+            dropout=0.0,
+        )
+
+    return Pattern(name, frozenset({name}), match)
+
+
+def described_by_schema(view: GraphView, node: Node) -> Match | Miss:
+    """An op nobody described, whose schema calls its arguments q, k, v (or query, key, value): an attention kernel."""
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is None:
+        return Miss(node, "no schema", quiet=True)
+    order = [argument_.name for argument_ in schema.arguments]
+    for names in (("q", "k", "v"), ("query", "key", "value")):
+        if all(name in order for name in names):
+            causal = next((name for name in ("causal", "is_causal") if name in order), None)
+            scale = next((name for name in ("scale", "softmax_scale", "sm_scale") if name in order), None)
+            several = len(schema.returns) > 1
+            described = attention_op(
+                schema.name,
+                q=names[0],
+                k=names[1],
+                v=names[2],
+                output=0 if several else None,
+                causal=causal,
+                scale=scale,
+            )
+            found = described.match(view, node)
+            return found.with_note("recognised by its schema (q, k, v)") if isinstance(found, Match) else found
+    return Miss(node, "its schema has no q, k, v", quiet=True)
+
+
+def _result(node: Node, output: int | None) -> Node | None:
+    if output is None or tensor(node) is not None:
+        return node
+    return next((user for user in node.users if op(user) == "getitem" and user.args[1] == output), None)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]], axis: int) -> _Sizes | str:
+    q, k, v, out = (shapes[role] for role in ("q", "k", "v", "out"))
+    if any(len(sizes) != 4 for sizes in (q, k, v, out)):
+        return f"q, k, v and out must be 4-D here, not {[len(sizes) for sizes in (q, k, v, out)]}"
+    if q[3] != k[3] or v[3] != out[3] or k[axis] != v[axis] or q[axis] % k[axis]:
+        return f"shapes do not fit an attention: q {q}, k {k}, v {v}, out {out}"
+    return _Sizes(q[axis], k[axis], q[3], v[3])
+
+
+def _attention(
+    view: GraphView,
+    node: Node,
+    *,
+    pattern: str,
+    operands: Mapping[str, int | str],
+    out: Node | None,
+    layout: str | None,
+    causal: Any,
+    mask: Node | None,
+    scale: Any,
+    dropout: Any,
+) -> Match | Miss:
+    roles: dict[str, Node] = {}
+    for role, where in operands.items():
+        found = (
+            node.kwargs.get(where) if isinstance(where, str) else node.args[where] if where < len(node.args) else None
+        )
+        if not isinstance(found, Node) or tensor(found) is None:
+            return Miss(node, f"{role} is no tensor of the graph")
+        roles[role] = found
+    if out is None or tensor(out) is None:
+        return Miss(node, "its output is not used")
+    roles["out"] = out
+    axis = {"BHSD": 1, "BSHD": 2}.get(layout or "") or head_axis(view, roles["q"])
+    sizes = _sizes({role: shape(found) or () for role, found in roles.items()}, axis)
+    if isinstance(sizes, str):
+        return Miss(node, sizes)
+    if mask is not None:
+        roles["mask"] = mask
+    notes: list[str] = []
+    known_causal = causal if isinstance(causal, bool) else None
+    number = value(scale) if isinstance(scale, Node) else scale
+    if number is None:
+        number = sizes.head_dim**-0.5
+    known_scale = float(number) if isinstance(number, int | float) else None
+    if known_scale is None:
+        notes.append("the softmax scale is computed at run time: no recomputed rows")
+    drops = not (isinstance(dropout, int | float) and float(dropout) == 0.0)
+    origins = {role: trace_heads(view, roles[role], axis) for role in ("q", "k")}
+    weights, kv_heads = {}, sizes.kv_heads
+    for role, origin in origins.items():
+        if isinstance(origin, Untraced):
+            notes.append(f"{role} was not traced to a weight: {origin.reason}")
+            continue
+        found_view = weight_view(view, origin)
+        if found_view is not None:
+            weights[f"{role}_weight"] = found_view
+        if role == "k":
+            kv_heads = min(kv_heads, len(origin.index))
+    return Match(
+        kind="attention",
+        pattern=pattern,
+        anchor=node,
+        roles=roles,
+        operands=operands,
+        layout="BHSD" if axis == 1 else "BSHD",
+        facts={
+            "heads": sizes.heads,
+            "kv_heads": kv_heads,
+            "head_dim": sizes.head_dim,
+            "value_dim": sizes.value_dim,
+            "causal": known_causal,
+            "scale": known_scale,
+            "dropout": float(dropout) if isinstance(dropout, int | float) else float("nan"),
+            "dtype": str(getattr(tensor(roles["q"]), "dtype", "float32")).removeprefix("torch."),
+        },
+        laws=_laws(view, roles, drops),
+        weights=weights,
+        sources={f"{role}_weight": origin.sources for role, origin in origins.items() if isinstance(origin, Origin)},
+        notes=tuple(notes),
+    )
+
+
+def _laws(view: GraphView, roles: Mapping[str, Node], drops: bool) -> dict[str, str]:
+    untapped = [role for role in ("q", "k", "v") if not getattr(tensor(roles[role]), "requires_grad", False)]
+    if untapped:
+        return dict.fromkeys(LAWS, f"no gradient reaches {', '.join(untapped)}")
+    laws = dict.fromkeys(LAWS, "")
+    if drops:
+        laws["law/value_mass"] = "dropout on the probabilities: rows do not sum to one"
+    elif "mask" in roles:
+        laws["law/value_mass"] = "a mask may empty whole rows"
+    return laws
+
+
+def check_described(name: str) -> None:
+    """Raise a `PatternError` unless ``name`` is an op that this process knows."""
+    namespace, _, rest = name.partition("::")
+    if not hasattr(getattr(torch.ops, namespace), rest.split(".")[0]):
+        raise PatternError(f"describing {name}: no such op is registered; import the library that defines it first")
+
+
+__all__ = ["LAWS", "SDPA", "attention_op", "check_described", "described_by_schema"]

@@ -1,0 +1,111 @@
+"""One vocabulary for all spellings of an op.
+
+``torch.softmax``, ``F.softmax``, ``Tensor.softmax`` and ``aten::softmax`` are all ``"softmax"``; an op of another library keeps
+its qualified name, ``"namespace::name"``. Arguments keep their position: a method's ``self`` stands where the function has
+its first argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+_TORCH_MODULES = (
+    "torch",
+    "torch._C._nn",
+    "torch.nn.functional",
+    "torch.functional",
+    "torch._VF",
+    "_operator",
+    "builtins",
+    "math",
+)
+
+_ALIASES = {
+    "truediv": "div", "divide": "div", "true_divide": "div", "multiply": "mul", "subtract": "sub", "negative": "neg",
+    "float": "cast", "half": "cast", "bfloat16": "cast", "double": "cast", "to": "cast", "type": "cast", "type_as": "cast",
+    "_to_copy": "cast", "view": "reshape", "_unsafe_view": "reshape", "view_as": "reshape", "reshape_as": "reshape",
+    "flatten": "reshape", "unflatten": "reshape", "unsqueeze": "reshape", "squeeze": "reshape",
+    "contiguous": "identity", "clone": "identity", "detach": "identity", "alias": "identity", "lift_fresh_copy": "identity",
+    "swapaxes": "transpose", "swapdims": "transpose", "expand_as": "expand", "broadcast_to": "expand",
+    "split_with_sizes": "split", "tensor_split": "chunk", "concat": "cat", "concatenate": "cat",
+    "attr.T": "t", "attr.mT": "mT", "attr.data": "identity", "numpy_T": "t",
+    "_softmax": "softmax", "mm": "matmul", "bmm": "matmul", "feature_dropout": "dropout", "native_dropout": "dropout",
+    "select_scatter": "other",
+}  # fmt: skip
+
+
+def op(node: Node) -> str:
+    """The canonical name of what ``node`` does; ``"placeholder"`` and ``"output"`` for those; ``""`` if it has no name."""
+    if node.op == "call_method":
+        name = str(node.target)
+    elif node.op == "call_function":
+        name = _function_name(node)
+    else:
+        return node.op
+    if "::" not in name:
+        name = _strip_inplace(name)
+    return _ALIASES.get(name, name)
+
+
+def _strip_inplace(name: str) -> str:
+    if name.endswith("_") and not name.endswith("__"):
+        return name[:-1]
+    return name[1:] if name in ("iadd", "isub", "imul") else "div" if name == "itruediv" else name
+
+
+def _function_name(node: Node) -> str:
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+        qualified = str(packet._qualified_op_name)
+        return qualified.removeprefix("aten::")
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order::{target.name()}"
+    name = getattr(target, "__name__", "")
+    if name == "getattr":
+        return f"attr.{node.args[1]}"
+    return (
+        name
+        if getattr(target, "__module__", None) in _TORCH_MODULES
+        else f"{getattr(target, '__module__', '')}::{name}"
+    )
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """The argument called ``name``, or standing at ``position``, else ``default``."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[position] if position < len(node.args) else default
+
+
+def value(node: Any) -> Any:
+    """The fake value that Dynamo recorded for ``node``, or None."""
+    return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def tensor(node: Any) -> torch.Tensor | None:
+    """The fake tensor of ``node``, or None when it yields no tensor."""
+    found = value(node)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def shape(node: Any) -> tuple[int, ...] | None:
+    """Concrete sizes (hints where symbolic); a complex tensor shows its real and imaginary part as a last axis of 2."""
+    found = tensor(node)
+    if found is None:
+        return None
+    sizes = tuple(_hint(size) for size in found.shape)
+    return (*sizes, 2) if found.is_complex() else sizes
+
+
+def _hint(size: Any) -> int:
+    return int(size) if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 2)
+
+
+def is_symbolic(node: Any) -> bool:
+    """Whether any size of ``node`` is symbolic."""
+    found = tensor(node)
+    return found is not None and any(not isinstance(size, int) for size in found.shape)

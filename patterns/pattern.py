@@ -1,0 +1,65 @@
+"""What a pattern is: an anchor op, and a check of its surroundings that yields a match or says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.fx import Node
+
+from foreshock.patterns.graph import GraphView
+from foreshock.records import WeightView
+
+
+@dataclass(frozen=True)
+class Match:
+    """A functional boundary in one graph.
+
+    ``roles`` names the tensors there; ``operands`` are the roles that enter the kernel through the anchor's arguments,
+    with the place of each (position or keyword): gradient taps sit on exactly those edges. Without operands a tap stands
+    on the tensor of role ``tapped`` and all its users. ``facts`` become fields of the `Site`. ``laws`` maps a law to ""
+    where it holds here, else to the reason why not. ``sources`` are the placeholders behind each of ``weights``.
+    """
+
+    kind: str
+    pattern: str
+    anchor: Node
+    roles: Mapping[str, Node]
+    operands: Mapping[str, int | str] = field(default_factory=dict)
+    tapped: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "BHSD"
+    laws: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, WeightView] = field(default_factory=dict)
+    sources: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def with_note(self, note: str) -> Match:
+        return replace(self, notes=(*self.notes, note))
+
+
+@dataclass(frozen=True)
+class Miss:
+    """Falsy: an anchor that turned out to be something else, with the reason."""
+
+    anchor: Node
+    reason: str
+    quiet: bool = False
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        where = self.anchor.meta.get("stack_trace", "").strip().splitlines()
+        line = f" ({where[-2].strip()}: {where[-1].strip()})" if len(where) >= 2 else ""
+        return f"{self.anchor.name}: {self.reason}{line}"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """``anchors`` are canonical op names (see `foreshock.patterns.ops`); ``match`` looks around one anchor."""
+
+    name: str
+    anchors: frozenset[str]
+    match: Callable[[GraphView, Node], Match | Miss]

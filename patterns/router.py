@@ -1,0 +1,108 @@
+"""Mixture-of-experts routers: scores over experts, a top-k over them, and experts that use the choice."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from foreshock.patterns.graph import GraphView
+from foreshock.patterns.ops import argument, op, shape, tensor
+from foreshock.patterns.pattern import Match, Miss, Pattern
+from foreshock.patterns.provenance import Origin, Untraced, trace_features, weight_view
+from foreshock.patterns.pullback import projection_weight
+
+_SCORINGS = ("softmax", "sigmoid")
+# What experts do with the choice; a metric only compares, averages and returns it.
+_DISPATCH = frozenset(
+    {
+        "mul",
+        "matmul",
+        "baddbmm",
+        "einsum",
+        "scatter",
+        "scatter_add",
+        "gather",
+        "one_hot",
+        "index_select",
+        "index_add",
+        "embedding",
+    }
+)
+
+
+def _match_topk(view: GraphView, node: Node) -> Match | Miss:
+    scores = argument(node, 0, "input")
+    sizes = shape(scores)
+    top_k, axis = argument(node, 1, "k"), argument(node, 2, "dim", -1)
+    if sizes is None or not isinstance(top_k, int):
+        return Miss(node, "its k is not a constant", quiet=True)
+    if axis % len(sizes) != len(sizes) - 1:
+        return Miss(node, f"selects over axis {axis}, not over the last axis where experts are")
+    experts = sizes[-1]
+    if experts < 2:
+        return Miss(node, "fewer than two experts", quiet=True)
+    values, indices = (next((u for u in node.users if op(u) == "getitem" and u.args[1] == i), None) for i in (0, 1))
+    if indices is None:
+        return Miss(node, "the chosen indices are not used")
+    reason = _not_dispatch(view, node)
+    if reason:
+        return Miss(node, reason)
+    origin = trace_features(view, scores)
+    if isinstance(origin, Untraced):
+        return Miss(node, f"its scores lead to no weight: {origin.reason}")
+    if origin.index.size != experts or len(set(origin.index.reshape(-1).tolist())) != experts:
+        return Miss(node, f"its {experts} scores are not one row of a weight each")
+    logits = _logits(origin, scores)
+    scoring = next((op(step) for step in origin.path if op(step) in _SCORINGS), None)
+    if scoring is None:
+        after = view.forward_slice(values) if values is not None else set()
+        scoring = next((name for name in _SCORINGS if any(op(user) == name for user in after)), "none")
+    weight = weight_view(view, origin)
+    roles = {"logits": logits, "scores": scores, "indices": indices}
+    source = (
+        origin.projection.args[0] if projection_weight(origin.projection) is not origin.projection.args[0] else None
+    )
+    if isinstance(source, Node) and tensor(source) is not None and op(origin.projection) != "addmm":
+        roles["input"] = source
+    return Match(
+        kind="router",
+        pattern=f"{scoring} > topk" if scoring in [op(step) for step in origin.path] else f"topk > {scoring}",
+        anchor=indices,
+        roles=roles,
+        tapped="logits",
+        facts={
+            "experts": experts,
+            "top_k": top_k,
+            "scoring": scoring,
+            "dtype": str(getattr(tensor(logits), "dtype", "float32")).removeprefix("torch."),
+        },
+        weights={"weight": weight} if weight is not None else {},
+        sources={"weight": origin.sources},
+    )
+
+
+def _logits(origin: Origin, scores: Node) -> Node:
+    """What enters the scoring function; without one, what enters the selection. ``path`` runs from projection to scores."""
+    for step in origin.path:
+        if op(step) in _SCORINGS and isinstance(step.args[0], Node):
+            return step.args[0]
+    return scores
+
+
+def _not_dispatch(view: GraphView, node: Node) -> str:
+    after = view.forward_slice(node)
+    if all(op(user) in ("getitem", "output", "identity", "cast", "reshape") for user in after):
+        return ""  # the choice leaves this frame: a graph break stands between router and experts
+    if any(op(user) in _DISPATCH or "grouped_mm" in op(user) for user in after):
+        return ""
+    return "nothing is dispatched by its choice"
+
+
+ROUTER = Pattern("router", frozenset({"topk"}), _match_topk)
+
+
+def last_per_weight(matches: list[Match]) -> list[Match]:
+    """Several selections may belong to one router: the last over its experts is the decision."""
+    kept: dict[Node, Match] = {}
+    for match in matches:
+        kept[match.roles["logits"]] = match
+    return list(kept.values())

@@ -1,0 +1,31 @@
+"""foreshock: early warning for large-model training, inserted by a `torch.compile` backend."""
+
+from __future__ import annotations
+
+from foreshock.errors import AlarmRaised, ConfigError, ForeshockError, PatternError, RunError
+from foreshock.reader import Run, open_run
+from foreshock.records import Alarm, Coverage, Probe, Reading, Site, SiteStatus, WeightView
+from foreshock.watch import Watch, default_watch, instrumented, sites
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Alarm",
+    "AlarmRaised",
+    "ConfigError",
+    "Coverage",
+    "ForeshockError",
+    "PatternError",
+    "Probe",
+    "Reading",
+    "Run",
+    "RunError",
+    "Site",
+    "SiteStatus",
+    "Watch",
+    "WeightView",
+    "default_watch",
+    "instrumented",
+    "open_run",
+    "sites",
+]

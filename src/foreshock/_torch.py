@@ -1,0 +1,80 @@
+"""Every private torch API that foreshock touches, each with the version it was checked on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+def synthetic_source(name: str) -> Any:
+    """A Dynamo source for an input that foreshock adds itself. Checked on 2.13."""
+    from torch._dynamo.source import SyntheticLocalSource
+
+    return SyntheticLocalSource(name)
+
+
+def fake_mode_of(values: list[Any]) -> Any:
+    """The fake tensor mode in which Dynamo recorded ``values``: not the one backends compile in. Checked on 2.13."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+
+
+def to_fake(context: Any, values: list[Any]) -> list[Any]:
+    """``values`` as static fakes of the mode that backends compile in: they hold no memory. Checked on 2.13."""
+    mode = context.fake_mode
+    return [mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for v in values]
+
+
+def current_context() -> Any:
+    """The tracing context of the capture under way, or None. Checked on 2.13."""
+    from torch._guards import TracingContext
+
+    return TracingContext.try_get()
+
+
+@contextlib.contextmanager
+def resumed(context: Any) -> Iterator[None]:
+    """Compile later what was captured under ``context``, as if still there. Checked on 2.13."""
+    from torch._guards import tracing
+
+    with tracing(context):
+        yield
+
+
+def compile_fx(options: dict[str, Any] | None, mode: str | None) -> Callable[[Any, Any], Any]:
+    """Inductor with the ``mode`` and ``options`` of `torch.compile`. Checked on 2.13."""
+    from torch import _TorchCompileInductorWrapper
+
+    wrapper: Callable[[Any, Any], Any] = _TorchCompileInductorWrapper(mode, options, None)
+    return wrapper
+
+
+def lookup_backend(name: str) -> Callable[..., Any]:
+    """A registered Dynamo backend. Checked on 2.13."""
+    from torch._dynamo import lookup_backend as lookup
+
+    found: Callable[..., Any] = lookup(name)
+    return found
+
+
+def graph_breaks() -> int:
+    """How many graph breaks Dynamo has counted in this process. Checked on 2.13."""
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())
+
+
+def on_optimizer_step(hook: Callable[..., None]) -> Any:
+    """Call ``hook(optimizer, args, kwargs)`` after every step of every optimizer; returns a handle with ``remove()``."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    return register_optimizer_step_post_hook(hook)
+
+
+def in_no_grad() -> bool:
+    """Whether gradients are off where the compiled code is called."""
+    return not torch.is_grad_enabled()

@@ -1,0 +1,159 @@
+"""The `torch.compile` backend: capture, find the sites, rewrite a copy, and hand back a callable that chooses a variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule
+
+from foreshock import _torch
+from foreshock.instances import Held, Instance
+from foreshock.passes import Plan, SitePlan, copy_graph, instrument
+from foreshock.patterns import Findings, GraphView, Match, find
+from foreshock.patterns.graph import module_of
+from foreshock.records import Facts
+from foreshock.runtime import Compiled, WatchedGraph
+
+if TYPE_CHECKING:
+    from foreshock.watch import Watch
+
+
+class Backend:
+    """What ``torch.compile(model, backend=watch.backend)`` calls with each captured graph."""
+
+    __name__ = "foreshock"
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Compiled:
+        """``options`` are `torch.compile`'s own ``mode`` and ``options``, passed on to the inner compiler."""
+        inner = self._inner(**options)
+        try:
+            watched = self._watched(gm, list(example_inputs), inner)
+        except Exception as error:
+            self._watch.fail("instrumenting a captured graph; it runs unwatched", error)
+            watched = None
+        return watched if watched is not None else inner(gm, example_inputs)
+
+    def _inner(self, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Compiled]:
+        name = self._watch.inner
+        if callable(name):
+            return name
+        if name == "inductor":
+            return _torch.compile_fx(options, mode)
+        found = _torch.lookup_backend(name)
+        extra = {key: value for key, value in (("mode", mode), ("options", options)) if value}
+        return lambda gm, inputs: found(gm, inputs, **extra)
+
+    def _watched(self, gm: GraphModule, inputs: list[Any], inner: Callable[..., Compiled]) -> WatchedGraph | None:
+        watch = self._watch
+        copied, _ = copy_graph(gm)
+        view = GraphView.of(copied.graph, inputs, watch.instances.names)
+        watch.instances.learn_names({id(view.parameters[node]): name for node, name in view.names.items()})
+        findings = find(view, watch.patterns)
+        _note(watch, findings)
+        training = torch.is_grad_enabled()
+        sites = [
+            site for site in (self._site(i, match) for i, match in enumerate(findings.matches)) if site is not None
+        ]
+        if not sites:
+            return None
+        for index, site in enumerate(sites):
+            site.index = index
+        fakes = [node.meta.get("example_value") for node in copied.graph.nodes if node.op == "placeholder"]
+        fake_mode = _torch.fake_mode_of([fake for fake in fakes if isinstance(fake, torch.Tensor)])
+        device = sites[0].match.roles[next(iter(sites[0].match.roles))].meta["example_value"].device
+        rewritten = None
+        if training:
+            rewritten = instrument(Plan(copied, sites, fake_mode, device, watch.settings.rows, watch.settings.strict))
+        for what, error in rewritten.failures if rewritten is not None else ():
+            watch.fail(what, error)
+        context = _torch.current_context()
+        symbolic = any(not isinstance(size, int) for fake in fakes for size in _sizes(fake))
+        stand_ins = [] if symbolic else _torch.to_fake(context, inputs)
+
+        def compile_variant(module: GraphModule, extra: list[torch.Tensor]) -> Compiled:
+            """While this call lasts, in place; afterwards on stand-ins, as if still inside the capture."""
+            added = _torch.to_fake(context, extra)
+            if inputs:
+                return inner(module, [*inputs, *added])
+            with _torch.resumed(context):
+                return inner(module, [*stand_ins, *added])
+
+        watched = WatchedGraph(
+            plain=lambda: compile_variant(gm, []),
+            instrumented=None if rewritten is None else lambda: compile_variant(rewritten.module, rewritten.examples),
+            rewritten=rewritten,
+            device=device,
+            resolve=self._resolver(sites, copied),
+            wants_sample=watch.begin_forward,
+            deliver=watch.deliver,
+            fail=watch.fail,
+            step=lambda: watch.clock.step,
+        )
+        now = rewritten is not None and watch.is_sampled(watch.clock.step)
+        for sampled in (False, True) if symbolic and rewritten is not None else (now,):
+            if sampled:
+                self._try_instrumented(watched)
+            else:
+                watched.compile(False)
+        inputs.clear()
+        return watched
+
+    def _try_instrumented(self, watched: WatchedGraph) -> None:
+        try:
+            watched.compile(True)
+        except Exception as error:
+            watched.give_up("compiling the instrumented graph; it goes on without probes", error)
+
+    def _site(self, index: int, match: Match) -> SitePlan | None:
+        probe = self._watch.probe_for(match.kind)
+        if probe is None:
+            return None
+        facts = _facts(match, self._watch.settings.rows)
+        return SitePlan(index, module_of(match.anchor) or match.anchor.name, match, probe, facts)
+
+    def _resolver(self, sites: list[SitePlan], module: GraphModule) -> Callable[[Sequence[Any]], list[Instance]]:
+        """From a call's arguments to the instances it evaluates."""
+        position = {node: i for i, node in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+        where: list[dict[str, tuple[int, ...]]] = [
+            {role: tuple(position[node] for node in nodes) for role, nodes in site.match.sources.items()}
+            for site in sites
+        ]
+        every = tuple(i for roles in where for indices in roles.values() for i in indices)
+        instances = self._watch.instances
+        cache: dict[tuple[int, ...], list[Instance]] = {}
+
+        def resolve(args: Sequence[Any]) -> list[Instance]:
+            key = tuple([id(args[i]) for i in every])
+            known = cache.get(key)
+            if known is not None:
+                return known
+            found = cache[key] = []
+            for site, roles in zip(sites, where, strict=True):
+                held: Held = {role: tuple(args[i] for i in indices) for role, indices in roles.items()}
+                found.append(instances.resolve(site.match, site.label, site.probe, site.facts, held))
+            return found
+
+        return resolve
+
+
+def _sizes(fake: Any) -> tuple[Any, ...]:
+    return tuple(fake.shape) if isinstance(fake, torch.Tensor) else () if isinstance(fake, int) else (fake,)
+
+
+def _facts(match: Match, rows: int) -> Facts:
+    """Plain values that probes depend on; part of every compile cache key."""
+    facts = {**match.facts, "layout": match.layout}
+    recomputable = match.facts.get("causal") is not None and match.facts.get("scale") is not None
+    return {**facts, "rows": rows if match.kind != "attention" or recomputable else 0}
+
+
+def _note(watch: Watch, findings: Findings) -> None:
+    for miss in findings.misses:
+        watch.note_unmatched(str(miss))
+    for name, error in findings.errors:
+        watch.fail(f"pattern `{name}`; it was skipped", error)

@@ -1,0 +1,178 @@
+"""From samples to alarms: merge a step's samples, measure, store, judge. Runs between steps, never inside one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from foreshock.errors import ForeshockError
+from foreshock.instances import Instances
+from foreshock.monitors.metrics import family
+from foreshock.records import Alarm, Array, Coverage, Reading
+from foreshock.runtime import Merged, Sample, merge_one
+
+Fail = Callable[[str, Exception], None]
+
+
+class Store(Protocol):
+    """Where readings are kept: a run folder, or memory."""
+
+    def write(self, step: int, readings: Sequence[Reading]) -> None: ...
+    def alarm(self, alarm: Alarm) -> None: ...
+    def coverage(self, coverage: Coverage) -> None: ...
+    def meta(self, **values: Any) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+    def series(self, metric: str, site: str | None = None) -> tuple[Array, Array]: ...
+    def metrics(self) -> list[str]: ...
+
+
+class Collector:
+    """Keeps the samples of the step under way and works them off when the step is over."""
+
+    def __init__(
+        self,
+        instances: Instances,
+        store: Store,
+        *,
+        families: Sequence[str] | None,
+        derived: Sequence[Any],
+        weights: Sequence[Any],
+        detectors: Sequence[Any],
+        sinks: Sequence[Any],
+        on_alarm: Callable[[Alarm], None],
+        fail: Fail,
+    ) -> None:
+        self.instances, self.store = instances, store
+        self.families = None if families is None else {*families, "run"}
+        self.derived, self.weights, self.detectors, self.sinks = (
+            list(derived),
+            list(weights),
+            list(detectors),
+            list(sinks),
+        )
+        self.on_alarm, self.fail = on_alarm, fail
+        self.alarms: list[Alarm] = []
+        self.seconds = 0.0
+        self._samples: list[Sample] = []
+        self._scalars: list[tuple[int, str, Any]] = []
+        self._optimizer: dict[int, dict[str, list[Any]]] = {}
+
+    def sample(self, sample: Sample) -> None:
+        """A sampled forward pass ran; its gradients are still to come."""
+        self._samples.append(sample)
+
+    def scalar(self, step: int, name: str, value: Any) -> None:
+        """A number of the user's own, kept as it is until the step is over: a device tensor is not waited for."""
+        self._scalars.append((step, name, value.detach() if isinstance(value, torch.Tensor) else value))
+
+    def optimizer(self, step: int, optimizer: Any) -> None:
+        """``optimizer`` made a sampled step: its learning rates and the norms of its gradients, still on the device."""
+        found = self._optimizer.setdefault(step, {"lr": [], "norms": []})
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        dense = [g for g in gradients if g.layout is torch.strided and type(g) in (torch.Tensor, torch.nn.Parameter)]
+        found["lr"] += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        if dense:
+            found["norms"].append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense))))
+
+    def finish(self, upto: int) -> None:
+        """Work off every step before ``upto``."""
+        if not self._samples and not self._scalars:
+            return
+        start = time.perf_counter()
+        try:
+            steps = sorted({s.step for s in self._samples} | {step for step, _, _ in self._scalars})
+            for step in [step for step in steps if step < upto]:
+                self._finish_step(step)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def _finish_step(self, step: int) -> None:
+        samples = [s for s in self._samples if s.step == step]
+        self._samples = [s for s in self._samples if s.step != step]
+        scalars = [(name, value) for at, name, value in self._scalars if at == step]
+        self._scalars = [entry for entry in self._scalars if entry[0] != step]
+        readings = [Reading(f"run/{name}", None, np.array([float(value)])) for name, value in scalars]
+        training = [s for s in samples if s.is_training()]
+        if training:
+            readings += self._measure(step, training)
+        self._guarded("writing to the store", lambda: self.store.write(step, readings))
+        if training:
+            self._judge(step, readings)
+            self._guarded("flushing the store", self.store.flush)
+
+    def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
+        readings = []
+        for instance, quantities in _merge(samples).items():
+            plain = {name: part for name, (_, part) in quantities.items()}
+            found = self._guarded(
+                f"probe `{instance.probe.name}` at {instance.site.id}",
+                lambda instance=instance, plain=plain: instance.probe.finish(instance.facts, plain),
+            )
+            readings += [Reading(name, instance.site.id, values) for name, values in (found or {}).items()]
+        readings += self._optimizer_readings(step)
+        sites = [instance.site for instance in self.instances]
+        for monitor in self.weights:
+            name = type(monitor).__name__
+            readings += self._guarded(f"monitor {name}", lambda m=monitor: m.update(step, sites)) or []
+        by_id = {site.id: site for site in sites}
+        for law in self.derived:
+            name = type(law).__name__
+            readings += self._guarded(f"monitor {name}", lambda m=law: m.update(step, readings, by_id)) or []
+        return [reading for reading in readings if self._wanted(reading.metric)]
+
+    def _wanted(self, metric: str) -> bool:
+        if self.families is None:
+            return True
+        try:
+            return family(metric) in self.families
+        except ForeshockError:
+            return True  # a user's own metric belongs to no family
+
+    def _optimizer_readings(self, step: int) -> list[Reading]:
+        found = self._optimizer.pop(step, None)
+        for stale in [at for at in self._optimizer if at < step]:
+            del self._optimizer[stale]
+        if found is None:
+            return []
+        readings = [Reading("optim/lr", None, np.array([max(found["lr"])]))] if found["lr"] else []
+        if found["norms"]:
+            total = float(torch.linalg.vector_norm(torch.stack([norm.float() for norm in found["norms"]])))
+            readings.append(Reading("optim/grad_norm", None, np.array([total])))
+        return readings
+
+    def _judge(self, step: int, readings: Sequence[Reading]) -> None:
+        sites = {instance.site.id: instance.site for instance in self.instances}
+        raised: list[Alarm] = []
+        for detector in self.detectors:
+            name = type(detector).__name__
+            raised += self._guarded(f"detector {name}", lambda d=detector: d.update(step, readings, sites)) or []
+        for sink in self.sinks:
+            self._guarded(f"sink {type(sink).__name__}", lambda s=sink: s.readings(step, readings))
+        for alarm in raised:
+            self.alarms.append(alarm)
+            self._guarded("writing to the store", lambda a=alarm: self.store.alarm(a))
+            for sink in self.sinks:
+                self._guarded(f"sink {type(sink).__name__}", lambda s=sink, a=alarm: s.alarm(a))
+        for alarm in raised:
+            self.on_alarm(alarm)
+
+    def _guarded(self, what: str, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as error:
+            self.fail(what, error)
+            return None
+
+
+def _merge(samples: Sequence[Sample]) -> Merged:
+    merged: Merged = {}
+    for sample in samples:
+        for instance, quantities in sample.quantities().items():
+            for name, (rule, part) in quantities.items():
+                merge_one(merged.setdefault(instance, {}), name, rule, part)
+    return merged

@@ -1,0 +1,90 @@
+"""Sites as they run: one instance for each distinct site and weight set, whichever graph or recompilation it came from."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from foreshock.patterns import Match
+from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView
+
+Held = Mapping[str, tuple[torch.Tensor, ...]]  # weight role -> the parameters that stand for it in one call
+
+
+@dataclass(eq=False)
+class Instance:
+    """A site with its counters."""
+
+    site: Site
+    probe: Probe
+    facts: Facts
+    laws: Mapping[str, str]
+    notes: tuple[str, ...]
+    evaluations: int = 0
+    sampled: int = 0
+
+    def status(self) -> SiteStatus:
+        return SiteStatus(self.site, self.evaluations, self.sampled, dict(self.laws), self.notes)
+
+
+class Instances:
+    """Finds or makes the instance of a match for the parameters that a call received."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+        self.parameter_ids: set[int] = set()
+        self._by_key: dict[tuple[Any, ...], Instance] = {}
+        self._ids: set[str] = set()
+
+    def __iter__(self) -> Iterator[Instance]:
+        return iter(list(self._by_key.values()))
+
+    def learn_names(self, names: Mapping[int, str], *, wins: bool = False) -> None:
+        """``id(parameter) -> name``; names that the user gave win over those that Dynamo recorded."""
+        self.names = {**self.names, **names} if wins else {**names, **self.names}
+
+    def resolve(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
+        """``name`` tells apart sites without weights."""
+        weights = tuple(id(parameter) for parameters in held.values() for parameter in parameters)
+        rows = tuple(view.index.tobytes() for view in match.weights.values())
+        key = (match.kind, match.pattern, weights or name, rows)
+        found = self._by_key.get(key)
+        if found is None:
+            found = self._by_key[key] = self._make(match, name, probe, facts, held)
+            self.parameter_ids.update(weights)
+        return found
+
+    def _make(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
+        weights = {role: self._rebind(view, held[role]) for role, view in match.weights.items()}
+        paths = [view.names[0].rpartition(".")[0] + "." for view in weights.values()]
+        moved = any(view.resolve() is not match.weights[role].resolve() for role, view in weights.items())
+        if paths and (moved or not name):
+            name = os.path.commonprefix(paths).rpartition(".")[0] or name
+        site = Site(
+            id=self._fresh_id(match.kind, name),
+            name=name,
+            kind=match.kind,
+            pattern=match.pattern,
+            **match.facts,
+            **weights,
+        )
+        return Instance(site, probe, facts, match.laws, match.notes)
+
+    def _rebind(self, view: WeightView, parameters: tuple[torch.Tensor, ...]) -> WeightView:
+        """``view`` on the parameters of this call: under regional compilation one graph serves many layers."""
+        names = tuple(self.names.get(id(p), old) for p, old in zip(parameters, view.names, strict=True))
+        gain = weakref.ref(parameters[1]) if len(parameters) > 1 else None
+        return replace(view, names=names, parameter=weakref.ref(parameters[0]), scale_parameter=gain)
+
+    def _fresh_id(self, kind: str, name: str) -> str:
+        base = candidate = f"{kind}:{name}" if name else kind
+        number = 2
+        while candidate in self._ids:
+            candidate, number = f"{base}#{number}", number + 1
+        self._ids.add(candidate)
+        return candidate

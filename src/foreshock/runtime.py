@@ -1,0 +1,135 @@
+"""One captured graph while it runs: which variant serves a call, and what a sampled call leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from foreshock.instances import Instance
+from foreshock.passes import Instrumented, Quantity
+from foreshock.records import Array
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Sample:
+    """What one sampled call left: two packed vectors on their way to the host. ``slot.grad`` comes with the backward."""
+
+    step: int
+    instances: Sequence[Instance]
+    forward: Sequence[Quantity]
+    backward: Sequence[Quantity]
+    packed: torch.Tensor
+    slot: torch.Tensor
+
+    def has_gradient(self) -> bool:
+        return self.slot.grad is not None
+
+    def is_training(self) -> bool:
+        """A forward pass whose taps never saw a gradient was an evaluation."""
+        return not self.backward or self.has_gradient()
+
+    def quantities(self) -> dict[Instance, dict[str, tuple[str, Array]]]:
+        """instance -> name -> (merge rule, 1-D float64)."""
+        found: dict[Instance, dict[str, tuple[str, Array]]] = {}
+        merge_into(found, self.instances, self.forward, _to_host(self.packed))
+        if self.backward and self.slot.grad is not None:
+            merge_into(found, self.instances, self.backward, _to_host(self.slot.grad))
+        return found
+
+
+def _to_host(packed: torch.Tensor) -> Array:
+    return packed.detach().to("cpu", torch.float64).numpy()
+
+
+Merged = dict[Instance, dict[str, tuple[str, Array]]]
+
+
+def merge_into(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quantity], packed: Array) -> None:
+    """Cut ``packed`` by ``layout`` and merge each stretch into ``merged`` by its own rule."""
+    at = 0
+    for quantity in layout:
+        part = packed[at : at + quantity.size]
+        at += quantity.size
+        merge_one(merged.setdefault(instances[quantity.site], {}), quantity.name, quantity.merge, part)
+
+
+def merge_one(quantities: dict[str, tuple[str, Array]], name: str, rule: str, part: Array) -> None:
+    """Merge one stretch into the quantities of its instance."""
+    known = quantities.get(name)
+    if known is None:
+        quantities[name] = (rule, part)
+    else:
+        quantities[name] = (rule, np.maximum(known[1], part) if rule == "max" else known[1] + part)
+
+
+class WatchedGraph:
+    """The callable that Dynamo gets. ``plain`` and ``instrumented`` compile a variant each, when it is first needed."""
+
+    def __init__(
+        self,
+        *,
+        plain: Callable[[], Compiled],
+        instrumented: Callable[[], Compiled] | None,
+        rewritten: Instrumented | None,
+        device: torch.device,
+        resolve: Callable[[Sequence[Any]], list[Instance]],
+        wants_sample: Callable[[], bool],
+        deliver: Callable[[Sample], None],
+        fail: Callable[[str, Exception], None],
+        step: Callable[[], int],
+    ) -> None:
+        self._make: Mapping[bool, Callable[[], Compiled]] = {False: plain, True: instrumented or plain}
+        self._compiled: dict[bool, Compiled] = {}
+        self._rewritten = rewritten
+        self._device = device
+        self._resolve = resolve
+        self._wants_sample = wants_sample
+        self._deliver = deliver
+        self._fail = fail
+        self._step = step
+        self._broken = rewritten is None
+        self._random = torch.Generator().manual_seed(0x5EED)
+
+    def compile(self, sampled: bool) -> Compiled:
+        """The variant, compiled at the latest now."""
+        if sampled not in self._compiled:
+            self._compiled[sampled] = self._make[sampled]()
+        return self._compiled[sampled]
+
+    def give_up(self, what: str, error: Exception) -> None:
+        """Serve every call with the plain variant from now on."""
+        self._broken = True
+        self.compile(False)
+        self._fail(what, error)
+
+    def __call__(self, *args: Any) -> Any:
+        instances = self._resolve(args)
+        for instance in instances:
+            instance.evaluations += 1
+        if self._rewritten is not None and self._wants_sample() and not self._broken:
+            return self._sampled(self._rewritten, instances, args)
+        return self.compile(False)(*args)
+
+    def _sampled(self, rewritten: Instrumented, instances: list[Instance], args: Sequence[Any]) -> Any:
+        try:
+            run = self.compile(True)
+            rows = torch.rand(2 * rewritten.rows, generator=self._random)
+            if self._device.type != "cpu":
+                rows = rows.pin_memory().to(self._device, non_blocking=True)
+            slot = torch.zeros(rewritten.slot_size, device=self._device, requires_grad=True)
+            *outputs, packed = run(*args, rows, slot)
+        except Exception as error:
+            self._broken = True
+            result = self.compile(False)(*args)
+            self._fail("running the instrumented graph; it goes on without probes", error)
+            return result
+        for instance in instances:
+            instance.sampled += 1
+        self._deliver(Sample(self._step(), instances, rewritten.forward, rewritten.backward, packed, slot))
+        return tuple(outputs)

@@ -1,0 +1,310 @@
+"""A watch: one run being observed, from the backend that captures its graphs to the alarms it raises."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from foreshock import _torch
+from foreshock.backend import Backend
+from foreshock.clock import StepClock
+from foreshock.collector import Collector, Store
+from foreshock.config import Settings, load_settings
+from foreshock.errors import AlarmRaised, ConfigError
+from foreshock.instances import Instances
+from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
+from foreshock.monitors.attention_probe import ATTENTION
+from foreshock.monitors.router_probe import ROUTER
+from foreshock.patterns import Pattern
+from foreshock.reader import open_run
+from foreshock.records import Alarm, Array, Coverage, Probe, Site
+from foreshock.runtime import Sample
+from foreshock.store import MemoryStore, RunStore
+
+_log = logging.getLogger("foreshock")
+_EVERYTHING = 2**62
+
+
+class Watch:
+    """Watches every model compiled with ``watch.backend``.
+
+    Args:
+        run: folder to write to; None keeps everything in memory and writes nothing.
+        every: sample one optimizer step in ``every`` (1: every forward pass). Unsampled steps run the plain graph.
+        inner: the compiler behind foreshock: a Dynamo backend's name, or the callable itself.
+        patterns: more `Pattern`s, for this watch alone.
+        monitors: metric families to record (laws, attention, router, spectra, optim), and objects with
+            ``update(step, sites) -> list[Reading]``; None is all families.
+        detectors: objects with ``update(step, readings, sites) -> list[Alarm]`` in place of the default `Judge`.
+        baseline: run folders of healthy references.
+        on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), or a callable taking the `Alarm`.
+        sinks: more receivers of readings and alarms.
+        strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
+        probes: `Probe`s for further kinds of site, or in place of the built-in ones.
+
+    Settings not given here come from ``foreshock.toml``, ``[tool.foreshock]`` and ``FORESHOCK_*``; see `foreshock.config`.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str] | None = None,
+        *,
+        every: int | None = None,
+        inner: str | Callable[..., Any] | None = None,
+        patterns: Sequence[Pattern] | None = None,
+        monitors: Sequence[Any] | None = None,
+        detectors: Sequence[Any] | None = None,
+        baseline: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        on_alarm: str | Callable[[Alarm], None] | None = None,
+        sinks: Sequence[Any] = (),
+        strict: bool | None = None,
+        rows: int | None = None,
+        windows: Sequence[int] | None = None,
+        probes: Sequence[Probe] = (),
+        settings: Settings | None = None,
+    ) -> None:
+        families = None if monitors is None else [m for m in monitors if isinstance(m, str)]
+        single = isinstance(baseline, str | os.PathLike)
+        given = {
+            "run": None if run is None else os.fspath(run),
+            "every": every,
+            "inner": inner if isinstance(inner, str) else None,
+            "monitors": tuple(families) if families else None,
+            "baseline": None if baseline is None else tuple(map(os.fspath, [baseline] if single else baseline)),  # type: ignore[arg-type,list-item]
+            "on_alarm": on_alarm if isinstance(on_alarm, str) else None,
+            "strict": strict,
+            "rows": rows,
+            "windows": None if windows is None else tuple(windows),
+        }
+        base = load_settings() if settings is None else settings
+        self.settings = base.replace(**{key: value for key, value in given.items() if value is not None})
+        self.inner: str | Callable[..., Any] = inner if callable(inner) else self.settings.inner
+        self.patterns = tuple(patterns or ())
+        self.backend = Backend(self)
+        self.instances = Instances()
+        self.clock = StepClock()
+        self.stop_requested = False
+        self._probes = {probe.kind: probe for probe in (ATTENTION, ROUTER, *probes)}
+        self._act = on_alarm if callable(on_alarm) else self.settings.on_alarm
+        self._reported: dict[str, str] = {}
+        self._unmatched: dict[str, None] = {}
+        self._graph_breaks = _torch.graph_breaks()
+        self._finished = 0
+        self._closed = False
+        self._started = time.time()
+        store: Store = MemoryStore() if self.settings.run is None else RunStore(self.settings.run)
+        references = [open_run(path) for path in self.settings.baseline]
+        own = [m for m in monitors or () if not isinstance(m, str)]
+        self._state = {"bias": BiasLaw(), "spectra": Spectra(windows=self.settings.windows), "router": RouterWeights()}
+        self.collector = Collector(
+            self.instances,
+            store,
+            families=self.settings.monitors,
+            derived=[self._state["bias"]],
+            weights=[self._state["spectra"], self._state["router"], *own],
+            detectors=[Judge(baseline=references)] if detectors is None else detectors,
+            sinks=[ConsoleSink(), *sinks],
+            on_alarm=self._on_alarm,
+            fail=self.fail,
+        )
+        self._hook = _torch.on_optimizer_step(self._after_optimizer_step)
+        atexit.register(self.close)
+
+    # -- what the user asks ------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed."""
+        return self.clock.step
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every site that ran, one for each distinct weight set."""
+        return [instance.site for instance in self.instances]
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """Every alarm so far."""
+        self._catch_up()
+        return list(self.collector.alarms)
+
+    @property
+    def coverage(self) -> Coverage:
+        """What is watched and what is not, with the reason."""
+        return Coverage(
+            tuple(instance.status() for instance in self.instances),
+            tuple(self._unmatched),
+            max(0, _torch.graph_breaks() - self._graph_breaks),
+            tuple(self._reported.values()),
+        )
+
+    def metrics(self) -> list[str]:
+        """Names of all metrics recorded so far."""
+        self._catch_up()
+        return self.collector.store.metrics()
+
+    def series(self, metric: str, site: str | None = None) -> tuple[Array, Array]:
+        """``(steps [n], values [n] or [n, heads])`` of one metric; ``site`` is a `Site.id` and may be left out if unique."""
+        self._catch_up()
+        return self.collector.store.series(metric, site)
+
+    def bind(self, model: torch.nn.Module) -> Watch:
+        """Use ``model``'s own parameter names, also for layers that share one compiled graph. Returns the watch."""
+        self.instances.learn_names({id(p): name for name, p in model.named_parameters()}, wins=True)
+        return self
+
+    def log(self, **scalars: Any) -> None:
+        """Record numbers of the step under way (``loss=loss``); a tensor is not waited for."""
+        for name, value in scalars.items():
+            self.collector.scalar(self.clock.forward_step, name, value)
+
+    def flush(self) -> None:
+        """Work off everything that is complete and write it down."""
+        self._catch_up()
+        store = self.collector.store
+        try:
+            store.meta(steps=self.step, cost={"seconds": self.collector.seconds, "wall": time.time() - self._started})
+            store.coverage(self.coverage)
+            store.flush()
+        except Exception as error:
+            self.fail("writing to the store", error)
+
+    def close(self) -> None:
+        """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""
+        if self._closed:
+            return
+        self.collector.finish(_EVERYTHING)
+        self.flush()
+        self._closed = True
+        self._hook.remove()
+        atexit.unregister(self.close)
+        for sink in self.collector.sinks:
+            sink.close()
+        self.collector.store.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on as if never stopped."""
+        self._catch_up()
+        detectors = [d.state_dict() for d in self.collector.detectors if hasattr(d, "state_dict")]
+        monitors = {name: monitor.state_dict() for name, monitor in self._state.items()}
+        return {"clock": self.clock.state_dict(), "monitors": monitors, "detectors": detectors}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.clock.load_state_dict(state["clock"])
+        self._finished = self.clock.step
+        for name, monitor in self._state.items():
+            monitor.load_state_dict(state["monitors"][name])
+        detectors = [d for d in self.collector.detectors if hasattr(d, "load_state_dict")]
+        for detector, own in zip(detectors, state["detectors"], strict=False):
+            detector.load_state_dict(own)
+
+    # -- what the other rooms call -----------------------------------------------------------------------------------
+
+    def probe_for(self, kind: str) -> Probe | None:
+        return self._probes.get(kind)
+
+    def is_sampled(self, step: int) -> bool:
+        return step % self.settings.every == 0
+
+    def begin_forward(self) -> bool:
+        """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
+        if self._closed:
+            return False
+        self.clock.forward()
+        if self.clock.step != self._finished:
+            self._catch_up()
+        return self.is_sampled(self.clock.step)
+
+    def deliver(self, sample: Sample) -> None:
+        self.collector.sample(sample)
+
+    def note_unmatched(self, reason: str) -> None:
+        self._unmatched.setdefault(reason)
+
+    def fail(self, what: str, error: Exception) -> None:
+        """Report a failure inside foreshock once, in the log and the ledger; raise it under ``strict``."""
+        if self.settings.strict:
+            raise error
+        if what not in self._reported:
+            self._reported[what] = f"{what}: {type(error).__name__}: {error}"
+            _log.warning("%s (training goes on)", self._reported[what])
+
+    def _catch_up(self) -> None:
+        self._finished = self.clock.step
+        self.collector.finish(self.clock.step)
+
+    def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if not self.clock.concerns(optimizer, self.instances.parameter_ids):
+            return
+        try:
+            if self.is_sampled(self.clock.forward_step):
+                self.collector.optimizer(self.clock.forward_step, optimizer)
+        except Exception as error:
+            self.fail("reading the optimizer", error)
+        self.clock.tick(optimizer)
+
+    def _on_alarm(self, alarm: Alarm) -> None:
+        if callable(self._act):
+            try:
+                self._act(alarm)
+            except Exception as error:
+                self.fail("calling on_alarm", error)
+        elif self._act == "raise":
+            raise AlarmRaised(alarm)
+        elif self._act == "stop":
+            self.stop_requested = True
+
+
+_default: Watch | None = None
+
+
+def default_watch() -> Watch:
+    """The process-wide watch behind ``backend="foreshock"``, made on first use and closed at exit."""
+    global _default
+    if _default is None or _default._closed:
+        _default = Watch()
+    return _default
+
+
+def instrumented(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Any:
+    """A `torch.compile` backend over the default watch: ``torch.compile(model, backend=foreshock.instrumented)``.
+
+    ``mode`` and ``options`` of `torch.compile` go to the inner compiler. Raises `ConfigError` for a bad configuration.
+    """
+    return default_watch().backend(gm, example_inputs, **options)
+
+
+class _Survey(Watch):
+    """Captures and counts, and never samples."""
+
+    def is_sampled(self, step: int) -> bool:
+        return False
+
+
+def sites(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Coverage:
+    """Capture one forward pass of ``model`` and say what would be watched; nothing is trained or written."""
+    if not callable(model):
+        raise ConfigError(
+            f"looking for sites: received {type(model).__name__}; give a module and its forward arguments"
+        )
+    with _Survey(settings=Settings(), inner="eager", detectors=[]) as watch:
+        if isinstance(model, torch.nn.Module):
+            watch.bind(model)
+        torch.compile(model, backend=watch.backend)(*args, **kwargs)
+        return watch.coverage
