@@ -1,0 +1,173 @@
+"""Tests that need no history: hard limits, and the laws of a correct kernel."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from foreshock.monitors import policy
+from foreshock.monitors.finding import Finding
+from foreshock.monitors.laws import MIN_SAMPLES, UNIT_ROUNDOFF, floor
+from foreshock.monitors.policy import FINITE, LIMITS, Limit
+from foreshock.records import Array, Reading, Site
+
+
+class Limits:
+    """Bounds on single readings, each with its own number of samples in a row."""
+
+    def __init__(self, limits: Sequence[Limit] = LIMITS, warmup: int = 0) -> None:
+        self.limits = {limit.metric: limit for limit in limits}
+        self.warmup = warmup
+        self._run: dict[tuple[str, str | None], tuple[int, int]] = {}  # samples in a row, and the step of the first
+
+    def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
+        """A finding for every bound that is broken now and has been for long enough."""
+        findings = []
+        for reading in readings:
+            limit = self.limits.get(reading.metric)
+            if limit is not None and not (limit.settled and step < self.warmup):
+                worst = int(np.argmax(np.nan_to_num(reading.values, nan=-math.inf, posinf=math.inf)))
+                broken, samples, expected = (
+                    float(reading.values[worst]) > limit.above,
+                    limit.samples,
+                    f"at most {limit.above:g}",
+                )
+            elif reading.metric in FINITE:
+                worst = int(np.argmin(np.isfinite(reading.values)))
+                broken, samples, expected = (
+                    not np.isfinite(reading.values[worst]),
+                    FINITE[reading.metric],
+                    "a finite value",
+                )
+            else:
+                continue
+            key = (reading.metric, reading.site)
+            if not broken:
+                self._run.pop(key, None)
+                continue
+            count, onset = self._run.get(key, (0, step))
+            self._run[key] = (count + 1, onset)
+            if count + 1 >= samples:
+                value = float(reading.values[worst])
+                index = worst if len(reading.values) > 1 else None
+                score = value / limit.above if limit is not None and limit.above > 0 else math.inf
+                findings.append(Finding(step, onset, reading.site, reading.metric, value, expected, +1, score, index))
+        return findings
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": [[*key, *value] for key, value in self._run.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._run = {(metric, site): (count, onset) for metric, site, count, onset in state["run"]}
+
+
+class LawTest:
+    """Residuals of the laws against their floors, and the pooled rounding bias against chance.
+
+    ``kernel_dtype`` says in which precision the kernels are meant to store P and O; without it, each site's own dtype is taken,
+    and TF32's where float32 products may use it.
+    """
+
+    def __init__(self, kernel_dtype: str | None = None) -> None:
+        self.kernel_dtype = kernel_dtype
+        self._recent: dict[tuple[str, str], deque[tuple[int, Array]]] = {}
+
+    def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
+        """A finding for every law that is broken now, with the worst head; needs no healthy baseline."""
+        findings: list[Finding] = []
+        by_key = {(reading.metric, reading.site): reading.values for reading in readings}
+        for reading in readings:
+            site = sites.get(reading.site or "")
+            dtype = self._dtype(site)
+            if site is None or dtype not in UNIT_ROUNDOFF:
+                continue
+            if reading.metric in policy.LAWS:
+                found = self._residual(step, reading, site.id, dtype)
+                findings += found
+                if found:
+                    findings += _same_sign(step, found[0].onset, site.id, dtype, by_key)
+            elif reading.metric in ("law/bias", "law/bias_site"):
+                t = by_key.get((f"{reading.metric}_t", site.id))
+                if t is not None:
+                    findings += _bias(step, reading, t, site.id, dtype)
+        return findings
+
+    def _dtype(self, site: Site | None) -> str:
+        if self.kernel_dtype is not None or site is None:
+            return self.kernel_dtype or ""
+        return "tf32" if site.dtype == "float32" and torch.get_float32_matmul_precision() != "highest" else site.dtype
+
+    def _residual(self, step: int, reading: Reading, site: str, dtype: str) -> list[Finding]:
+        limit = floor(reading.metric.removeprefix("law/"), dtype)
+        recent = self._recent.setdefault((reading.metric, site), deque(maxlen=policy.LAW_SAMPLES))
+        if not np.isfinite(reading.values).any():
+            return []
+        recent.append((step, reading.values))
+        gross = reading.values / (policy.LAW_GROSS * limit)
+        lasting = (
+            np.median([values for _, values in recent], 0) / limit if len(recent) == policy.LAW_SAMPLES else gross * 0
+        )
+        score = np.nan_to_num(np.fmax(gross, lasting))
+        worst = int(score.argmax())
+        if score[worst] <= 1:
+            return []
+        onset = min(at for at, values in recent if values[worst] > limit)
+        value = float(reading.values[worst])
+        return [
+            Finding(
+                step,
+                onset,
+                site,
+                reading.metric,
+                value,
+                f"at most {limit:.2g} in {dtype}",
+                +1,
+                float(score[worst]),
+                worst,
+            )
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": [[*key, [[s, v.tolist()] for s, v in rows]] for key, rows in self._recent.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._recent = {
+            (metric, site): deque(((s, np.array(v)) for s, v in rows), maxlen=policy.LAW_SAMPLES)
+            for metric, site, rows in state["recent"]
+        }
+
+
+def _bias(step: int, reading: Reading, t: Array, site: str, dtype: str) -> list[Finding]:
+    """The pooled bias is large and sure, at its surest head."""
+    limit = floor("bias", dtype)
+    score = np.nan_to_num(np.minimum(np.abs(t) / policy.BIAS_T, np.abs(reading.values) / limit))
+    worst = int(score.argmax())
+    if score[worst] <= 1:
+        return []
+    value = float(reading.values[worst])
+    expected = f"within {limit:.2g} of zero in {dtype}, or |t| below {policy.BIAS_T:g} (t = {t[worst]:.1f})"
+    index = worst if len(reading.values) > 1 else None
+    return [
+        Finding(step, step, site, reading.metric, value, expected, 1 if value > 0 else -1, float(score[worst]), index)
+    ]
+
+
+def _same_sign(
+    step: int, onset: int, site: str, dtype: str, by_key: Mapping[tuple[str, str | None], Array]
+) -> list[Finding]:
+    """Once a law is broken, one sample can already name a rounding bias: every head (four at least) has the same sign of it."""
+    num, den = by_key.get(("law/bias_num", site)), by_key.get(("law/bias_den", site))
+    if num is None or den is None or len(num) < 4 or not (den > 0).all() or not np.isfinite(num / den).all():
+        return []
+    estimate = num / den
+    pooled = float(num.sum() / den.sum())
+    gross = MIN_SAMPLES * floor("bias", dtype)
+    if abs(np.sign(estimate).sum()) < len(estimate) or np.median(np.abs(estimate)) < gross:
+        return []
+    expected = f"within {gross:.2g} of zero, or of mixed sign over the heads"
+    return [Finding(step, onset, site, "law/bias_site", pooled, expected, 1 if pooled > 0 else -1, abs(pooled) / gross)]

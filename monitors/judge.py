@@ -1,0 +1,176 @@
+"""From readings to alarms: runs the detectors, remembers what they said, diagnoses, and speaks once.
+
+One alarm per mechanism and site, until it clears or escalates. An alarm escalates when its mechanism's severity rises, or when the
+loss has left its trend too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from foreshock.errors import ConfigError
+from foreshock.monitors.detectors import LawTest, Limits
+from foreshock.monitors.diagnosis import Context, Diagnosis, diagnose
+from foreshock.monitors.drift import Drift, Run
+from foreshock.monitors.finding import Detector, Finding
+from foreshock.monitors.metrics import metric
+from foreshock.records import Alarm, Reading, Site
+
+MEMORY = 20  # samples for which a finding that is no longer repeated still counts: consequences come later than causes
+PATIENCE = 5  # samples that a symptom must last before it is called unknown or blamed on the data
+RATES = 200  # samples of the learning rate that its rise is measured over
+RANK = {"warning": 0, "critical": 1}
+PARTS = {"heads": "head", "kv_heads": "key/value head", "experts": "expert"}
+
+Key = tuple[str, str | None]
+
+
+class Judge:
+    """``update`` once a sampled step. ``baseline``: recorded healthy runs. ``detectors``: a user's own, beside the built-in ones.
+
+    ``warmup``: steps before drift and settled limits are judged (the learning rate's own rise is waited for in any case).
+    ``kernel_dtype``: the precision that attention kernels are meant to store in, where it is not that of their inputs.
+    """
+
+    def __init__(
+        self,
+        baseline: Sequence[Run] = (),
+        *,
+        warmup: int = 0,
+        kernel_dtype: str | None = None,
+        detectors: Sequence[Detector] = (),
+    ) -> None:
+        self.detectors: tuple[Detector, ...] = (
+            Limits(warmup=warmup),
+            LawTest(kernel_dtype),
+            Drift(reference=baseline, warmup=warmup),
+            *detectors,
+        )
+        self._heard: dict[
+            tuple[str | None, str, int], tuple[Finding, int, int]
+        ] = {}  # last, first heard, samples since
+        self._open: dict[Key, str] = {}
+        self._rates: deque[float] = deque(maxlen=RATES)
+        self._warm = False
+        self._samples = 0
+
+    def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Alarm]:
+        """The alarms that are new at this step."""
+        self._samples += 1
+        self._watch_rate(readings)
+        for detector in self.detectors:
+            for finding in detector.update(step, readings, sites):
+                self._remember(finding)
+        self._heard = {key: entry for key, entry in self._heard.items() if self._samples - entry[2] <= MEMORY}
+        rise = self._rates[-1] / min(self._rates) if self._rates and min(self._rates) > 0 else 1.0
+        context = Context(sites, rise)
+        diagnoses = [d for d in diagnose([entry[0] for entry in self._heard.values()], context) if self._ripe(d)]
+        damaged = any(metric == "run/loss" for _, metric, _ in self._heard)
+        alarms = []
+        still: dict[Key, str] = {}
+        for diagnosis in diagnoses:
+            key = (diagnosis.row.mechanism, diagnosis.site)
+            severity = "critical" if damaged else diagnosis.row.severity
+            before = self._open.get(key)
+            still[key] = max(severity, before or severity, key=RANK.__getitem__)
+            if before is None or RANK[severity] > RANK[before]:
+                alarms.append(alarm(step, diagnosis, severity, context))
+        self._open = still
+        return alarms
+
+    def _watch_rate(self, readings: Sequence[Reading]) -> None:
+        rate = next((float(r.values.max()) for r in readings if r.metric == "optim/lr"), None)
+        if rate is None:
+            return
+        self._warm = self._warm or (bool(self._rates) and rate <= self._rates[-1])
+        if not self._warm:
+            self._rates.clear()
+        self._rates.append(rate)
+
+    def _remember(self, finding: Finding) -> None:
+        key = (finding.site, finding.metric, finding.direction)
+        last, first, _ = self._heard.get(key, (finding, self._samples, 0))
+        merged = replace(finding, onset=min(last.onset, finding.onset))
+        self._heard[key] = (merged, first, self._samples)
+
+    def _ripe(self, diagnosis: Diagnosis) -> bool:
+        if not diagnosis.row.patient:
+            return True
+        entries = [self._heard[f.site, f.metric, f.direction] for f in diagnosis.findings]
+        return any(last - first >= PATIENCE for _, first, last in entries)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values: findings as dictionaries, detectors by position."""
+        return {
+            "detectors": [detector.state_dict() for detector in self.detectors],
+            "heard": [[asdict(finding), first, last] for finding, first, last in self._heard.values()],
+            "open": [[*key, severity] for key, severity in self._open.items()],
+            "clock": [list(self._rates), self._warm, self._samples],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for detector, saved in zip(self.detectors, state["detectors"], strict=False):
+            detector.load_state_dict(saved)
+        heard = [(Finding(**finding), first, last) for finding, first, last in state["heard"]]
+        self._heard = {(entry[0].site, entry[0].metric, entry[0].direction): entry for entry in heard}
+        self._open = {(mechanism, site): severity for mechanism, site, severity in state["open"]}
+        rates, self._warm, self._samples = state["clock"]
+        self._rates = deque(rates, maxlen=RATES)
+
+
+def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context) -> Alarm:
+    """The diagnosis as a record: the leading finding's numbers, everybody's evidence, and what to do."""
+    lead, row = diagnosis.findings[0], diagnosis.row
+    onset = min(finding.onset for finding in diagnosis.findings)
+    evidence = [describe(finding, context.sites) for finding in diagnosis.findings]
+    if row.mechanism == "learning rate too large" and context.lr_rise > 1:
+        evidence.append(f"optim/lr rose to {context.lr_rise:.3g} times its lowest since the warm-up")
+    message = f"{row.mechanism} at {_where(lead, context.sites)}: {row.says}. {evidence[0]}. {row.advice}"
+    axis = _axis(lead.metric)
+    return Alarm(
+        step=step,
+        onset=min(onset, step),
+        site=lead.site,
+        metric=lead.metric,
+        value=lead.value,
+        expected=lead.expected,
+        severity=severity,
+        mechanism=row.mechanism,
+        evidence=tuple(evidence),
+        message=message,
+        head=lead.index if axis in ("heads", "kv_heads") else None,
+        expert=lead.index if axis == "experts" else None,
+    )
+
+
+def describe(finding: Finding, sites: Mapping[str, Site]) -> str:
+    """One line of evidence, with its numbers."""
+    value = "not finite" if not math.isfinite(finding.value) else f"{finding.value:.3g}"
+    return f"{finding.metric} at {_where(finding, sites)} is {value}, expected {finding.expected}; since about step {finding.onset}"
+
+
+def _where(finding: Finding, sites: Mapping[str, Site]) -> str:
+    if finding.site is None:
+        return "the run"
+    site = sites.get(finding.site)
+    name = finding.site if site is None else site.name or site.id
+    if finding.index is None:
+        return name
+    axis = _axis(finding.metric)
+    return (
+        f"{name} {axis.split(',')[finding.index]}"
+        if "," in axis
+        else f"{name} {PARTS.get(axis, 'entry')} {finding.index}"
+    )
+
+
+def _axis(name: str) -> str:
+    """What a metric's values run over; a user's own metric has no entry in the table."""
+    try:
+        return metric(name).axis
+    except ConfigError:
+        return ""

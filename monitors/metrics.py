@@ -1,0 +1,177 @@
+"""Every metric by name: its formula, unit, axis, how it merges, where it comes from and what a move of it means.
+
+``merge`` says how samples of one step combine over microbatches and ranks: ``sum``, ``max``, ``min``, ``mean``, ``ratio`` (of
+mergeable sums) or ``none`` (read once, from weights or settings). Sources: [P] arXiv 2606.28116; [F] arXiv 2510.04212;
+[W] arXiv 2309.14322; [Z] arXiv 2303.06296; [S] arXiv 2202.08906; [B] arXiv 2408.15664; [K] Kimi K2 report; [A] the algebra
+of softmax, docs/laws.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from foreshock.errors import ConfigError
+
+STATISTICS = ("norm", "stable_rank", "entropy", "effective_rank")
+FAMILIES = {"law": "laws", "attention": "attention", "router": "router", "optim": "optim", "run": "run"}
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One metric. ``axis`` names what its values run over: scalar, heads, kv_heads, experts, or ``q,k,v,out``."""
+
+    name: str
+    formula: str
+    unit: str
+    axis: str
+    merge: str
+    source: str
+    meaning: str
+
+
+def _spectral() -> tuple[Metric, ...]:
+    matrices = {
+        "delta2": ("dWq Wk^T + Wq dWk^T", "the first-order change of the QK circuit; the earliest weight signal"),
+        "delta3": ("dWq dWk^T", "the coupling of the query and key updates; later than delta2"),
+        "dwq": ("Wq_t - Wq_base", "the query update itself; a later confirmation"),
+        "dwk": ("Wk_t - Wk_base", "the key update itself; a later confirmation"),
+    }
+    statistics = {
+        "norm": ("Frobenius norm of {}", "", "A rise above the run's own past is faster movement of {}."),
+        "stable_rank": ("sum s^2 / max s^2 of {}", "", "A fall says one direction dominates {}."),
+        "entropy": ("-sum p log p, p = s^2 / sum s^2, of {}", "nats", "A fall says few directions carry {}."),
+        "effective_rank": ("exp of the spectral entropy of {}", "", "A fall against the run's own past narrows {}."),
+    }
+    return tuple(
+        Metric(
+            f"attention/{matrix}_{name}", formula.format(product), unit, "heads", "none", "[P]", meaning.format(sense)
+        )
+        for matrix, (product, sense) in matrices.items()
+        for name, (formula, unit, meaning) in statistics.items()
+    )
+
+
+def _rows(family: str, *rows: tuple[str, str, str, str, str, str, str]) -> tuple[Metric, ...]:
+    return tuple(Metric(f"{family}/{name}", *rest) for name, *rest in rows)
+
+
+# fmt: off
+METRICS: tuple[Metric, ...] = (
+    *_rows("law",
+        ("key_shift", "|sum_j dK_j| / sqrt(sum |dK_j|^2)", "", "kv_heads", "ratio", "[A]",
+         "Above its floor the attention backward is wrong: D, O or P carries a bias. No learning rate or data can do this."),
+        ("value_mass", "|sum_j dV_j - sum_i dO_i| / |sum_i dO_i|", "", "kv_heads", "ratio", "[A]",
+         "Above its floor P in the backward is not the P of the forward, or blocks were dropped."),
+        ("euler", "|sum <q,dQ> - sum <k,dK>| relative", "", "kv_heads", "ratio", "[A]",
+         "Above its floor q or k was altered inside the kernel, or dQ and dK come from different logits."),
+        ("bias_num", "-<sum_j dK_j, u>, u = scale sum_i D_i q_i", "grad^2", "kv_heads", "sum", "[A], [F]",
+         "Numerator of the rounding-bias estimate; read law/bias."),
+        ("bias_den", "<u, u>", "grad^2", "kv_heads", "sum", "[A], [F]",
+         "Denominator of the rounding-bias estimate; read law/bias."),
+        ("bias", "sum num / sum den over the last samples", "relative", "kv_heads", "ratio", "[A], [F]",
+         "The stored attention output is (1 + c) of the true one: a one-sided rounding, with its sign and size."),
+        ("bias_t", "law/bias over its jackknife standard error", "", "kv_heads", "none", "[A], [F]",
+         "How sure law/bias is: beyond about 6 the bias is there; unbiased rounding stays below 4."),
+        ("bias_site", "law/bias pooled over the heads", "relative", "scalar", "ratio", "[A], [F]",
+         "The bias of the whole site; finds what a single head is too noisy for."),
+        ("bias_site_t", "law/bias_site over its jackknife standard error", "", "scalar", "none", "[A], [F]",
+         "How sure law/bias_site is."),
+    ),
+    *_rows("attention",
+        ("logit_max", "max over sampled rows of scale * q.k as the kernel sees it", "", "heads", "max", "[W], [K]",
+         "Growth towards 100 saturates the softmax: learning rate too large, or missing QK-norm or clipping."),
+        ("entropy", "mean row entropy of softmax", "nats", "heads", "mean", "[Z]",
+         "A fall to zero is entropy collapse; a rise to log(keys) is a head that stopped selecting."),
+        ("entropy_norm", "mean row entropy / log(visible keys)", "", "heads", "mean", "[Z]",
+         "As entropy, free of the row length."),
+        ("sink", "mean probability on the first visible key", "", "heads", "mean", "[P]", "A rise parks the head on a sink."),
+        ("lse", "mean row logsumexp", "", "heads", "mean", "[W]", "Drifts with the logits; a jump is a changed scale or mask."),
+        ("lse_max", "max row logsumexp", "", "heads", "max", "[W]", "As logit_max, for whole rows."),
+        ("shadow_bias", "signed mean of (kernel - fp32 shadow) along the shadow", "relative", "heads", "mean", "[F]",
+         "One sign that stays is a biased forward rounding or a wrong scale."),
+        ("shadow_rms", "rms(kernel - fp32 shadow) / rms(shadow)", "relative", "heads", "ratio", "[F]",
+         "The kernel's forward error; far above the dtype's roundoff the forward is wrong."),
+        *((f"{t}_rms", f"rms of {t}", "", "heads" if t in ("q", "out") else "kv_heads", "ratio", "[W]",
+           f"The size of {t} at the kernel's boundary.") for t in ("q", "k", "v", "out")),
+        *((f"{t}_absmax", f"max |{t}|", "", "heads" if t in ("q", "out") else "kv_heads", "max", "[W]",
+           f"Outliers of {t}; near the dtype's maximum, overflow is next.") for t in ("q", "k", "v", "out")),
+        ("nonfinite", "count of NaN and infinity", "count", "q,k,v,out", "sum", "[W]", "Any value above zero is a fault now."),
+        *((f"grad_{t}_norm", f"norm of the gradient of {t}", "", "heads" if t in ("q", "out") else "kv_heads", "ratio", "[W]",
+           f"A rise of the gradient at {t} alone points at this site.") for t in ("q", "k", "v", "out")),
+        ("grad_absmax", "max |gradient|", "", "q,k,v,out", "max", "[W]", "Outliers of the gradients."),
+        ("grad_nonfinite", "count of NaN and infinity in the gradients", "count", "q,k,v,out", "sum", "[W]",
+         "Any value above zero is a fault now."),
+        ("grad_delta", "mean of rowsum(dO * O)", "", "heads", "mean", "[F]", "The D term that a biased O corrupts."),
+        ("grad_delta_sign", "share of positive minus negative rowsum(dO * O)", "", "heads", "mean", "[F]",
+         "One sign everywhere lets a rounding bias add up."),
+    ),
+    *_spectral(),
+    *_rows("router",
+        ("entropy", "mean token entropy of the routing distribution", "nats", "scalar", "mean", "[P]",
+         "A fall is collapse onto few experts."),
+        ("entropy_norm", "entropy / log E", "", "scalar", "mean", "[P]", "As entropy, free of the number of experts."),
+        ("margin", "k-th minus (k+1)-th selection score, mean", "", "scalar", "mean", "[P]",
+         "A rise is a router that hardens."),
+        ("margin_p1", "1st percentile of the margin", "", "scalar", "none", "[P]",
+         "Near zero, near-ties flip between kernels and ranks."),
+        ("margin_p10", "10th percentile of the margin", "", "scalar", "none", "[P]", "As margin_p1."),
+        ("load", "share of assignments an expert gets", "", "experts", "sum", "[B]",
+         "One expert's share growing is imbalance."),
+        ("load_max_ratio", "max load / mean load", "", "scalar", "ratio", "[B]",
+         "A rise is imbalance: the busiest expert sets the step time."),
+        ("max_violation", "max load / mean load - 1", "", "scalar", "ratio", "[B]",
+         "As load_max_ratio; a balanced router is near 0."),
+        ("load_cv", "standard deviation / mean of load", "", "scalar", "ratio", "[B]", "Imbalance over all experts."),
+        ("load_entropy", "entropy of load", "nats", "scalar", "ratio", "[B]", "A fall is imbalance over all experts."),
+        ("dead_experts", "experts with load below 0.1 / E", "count", "scalar", "ratio", "[B]", "Experts that no longer learn."),
+        ("effective_experts", "exp(load_entropy)", "", "scalar", "ratio", "[B]", "How many experts are in use."),
+        ("gate_mass", "share of combine weight an expert gets", "", "experts", "sum", "[S]",
+         "As load, by weight and not by count."),
+        ("logit_absmax", "max |router logit|", "", "scalar", "max", "[S]", "Growth saturates the router."),
+        ("z", "mean squared logsumexp of the logits", "", "scalar", "mean", "[S]", "What router z-loss holds down."),
+        ("input_rms", "rms of the router's input", "", "scalar", "ratio", "[S]",
+         "Its growth reaches the logits without the weights moving."),
+        ("input_absmax", "max |router input|", "", "scalar", "max", "[S]", "Outliers of the router's input."),
+        ("grad_norm", "norm of the router logits' gradient", "", "scalar", "ratio", "[S]", "A rise is a router pulled hard."),
+        ("bias_overlap", "Jaccard of the top-k with and without the selection bias", "", "scalar", "mean", "[B]",
+         "A fall: the balancing bias decides instead of the router."),
+        ("similarity", "mean pairwise cosine of the experts' rows", "", "scalar", "none", "[P]",
+         "A rise says the experts' directions merge."),
+        ("conditioning", "max_i |w_i - mean| / |mean|", "", "scalar", "none", "[P]",
+         "A fall says a common direction takes over."),
+        ("effective_rank", "exp of the spectral entropy of the router weight", "", "scalar", "none", "[P]",
+         "A fall is a router that uses few directions."),
+        *((f"row_norm_{s}", f"{s} norm of an expert's row", "", "scalar", "none", "[P]",
+             "Uneven rows favour some experts.") for s in ("min", "max", "mean")),
+    ),
+    *_rows("optim",
+        ("lr", "learning rate", "", "scalar", "none", "the optimizer",
+         "What the schedule says; evidence for a learning-rate fault."),
+        ("grad_norm", "norm of the gradient before the step", "", "scalar", "ratio", "[W]", "Late and unspecific; confirms."),
+        ("update_ratio", "|dW| / |W| a step", "", "scalar", "none", "[W]",
+         "About 1e-3 is usual; a rise is a learning rate too large."),
+    ),
+    *_rows("run",
+        ("loss", "the training loss, when logged", "", "scalar", "mean", "the training loop", "The last thing to move."),
+    ),
+)
+# fmt: on
+
+_BY_NAME = {entry.name: entry for entry in METRICS}
+_SPECTRA = tuple(f"attention/{matrix}_" for matrix in ("delta2", "delta3", "dwq", "dwk"))
+
+
+def metric(name: str) -> Metric:
+    """The entry of ``name``; a window suffix (``@50``) is ignored. Raises ConfigError with the closest names."""
+    entry = _BY_NAME.get(name.partition("@")[0])
+    if entry is None:
+        close = ", ".join(difflib.get_close_matches(name, _BY_NAME, n=3)) or "see foreshock.monitors.METRICS"
+        raise ConfigError(f"looking up the metric {name!r}: there is none; did you mean {close}?")
+    return entry
+
+
+def family(name: str) -> str:
+    """Which group a metric is shown in: laws, attention, spectra, router, optim or run."""
+    entry = metric(name)
+    return "spectra" if entry.name.startswith(_SPECTRA) else FAMILIES[entry.name.partition("/")[0]]
