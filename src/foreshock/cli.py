@@ -1,0 +1,180 @@
+"""The command line. Every error of foreshock's own is one line and exit code 2; torch is imported only by what needs it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from importlib.metadata import version as installed
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foreshock.errors import ForeshockError
+
+if TYPE_CHECKING:
+    from foreshock.records import Coverage
+
+app = typer.Typer(
+    help="Early warning for large-model training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunOption = Annotated[str | None, typer.Option("--run", metavar="DIR", help="Keep the run in this folder.")]
+EveryOption = Annotated[int | None, typer.Option("--every", min=1, metavar="N", help="Sample one step in N.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Turn any failure inside foreshock into an error.")]
+Script = Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python script.")]
+ScriptArgs = Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="Handed to the script.")]
+
+
+def main() -> None:
+    """Entry point of the ``foreshock`` command."""
+    try:
+        app()
+    except ForeshockError as error:
+        print("foreshock:", " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print("foreshock", installed("foreshock"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    script: Script,
+    args: ScriptArgs = None,
+    run: RunOption = None,
+    every: EveryOption = None,
+    strict: StrictOption = False,
+) -> None:
+    """Run SCRIPT with its own arguments; whatever it compiles is watched."""
+    from foreshock.run import launch
+
+    outcome = launch(script, args or [], run=run, every=every, strict=strict)
+    for line in outcome.summary():
+        print("foreshock:", line, file=sys.stderr)
+    raise typer.Exit(outcome.code)
+
+
+@app.command()
+def sites(script: Script, args: ScriptArgs = None, as_json: AsJson = False) -> None:
+    """Run SCRIPT (its arguments after --) and say what was watched, what was left out, and why."""
+    from foreshock.records import Coverage
+    from foreshock.run import launch
+
+    with redirect_stdout(sys.stderr):  # what the script prints must not stand in the table
+        outcome = launch(script, args or [])
+    coverage = outcome.watch.coverage if outcome.watch is not None else Coverage(warnings=(outcome.summary()[0],))
+    if as_json:
+        _print_json(coverage.to_json())
+    else:
+        _print_coverage(coverage)
+    raise typer.Exit(outcome.code)
+
+
+@app.command()
+def report(
+    run: RunFolder, output: Annotated[Path | None, typer.Option("-o", "--output", metavar="FILE")] = None
+) -> None:
+    """Write one self-contained HTML page about RUN."""
+    from foreshock.monitors.report import write_report
+    from foreshock.reader import open_run
+
+    with open_run(run) as opened:
+        print(write_report(opened, output or opened.path.with_name("report.html")))
+
+
+@app.command()
+def alarms(run: RunFolder, as_json: AsJson = False) -> None:
+    """Print the alarms of RUN."""
+    from foreshock.reader import open_run
+
+    with open_run(run) as opened:
+        found = opened.alarms
+    if as_json:
+        _print_json([alarm.to_json() for alarm in found])
+        return
+    for alarm in found:
+        print(f"step {alarm.step} (since about {alarm.onset}) {alarm.severity}: {' '.join(alarm.message.split())}")
+    if not found:
+        print("no alarms")
+
+
+@app.command()
+def metrics(as_json: AsJson = False) -> None:
+    """Print every metric: its formula, what it runs over, how it merges and what a move of it means."""
+    from foreshock.monitors.metrics import METRICS
+
+    if as_json:
+        _print_json([asdict(metric) for metric in METRICS])
+        return
+    columns = ("name", "formula", "unit", "axis", "merge", "source", "meaning")
+    _print_table(columns, [[str(getattr(metric, column)) for column in columns] for metric in METRICS])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the runs go.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="A minute or two instead of several.")] = False,
+) -> None:
+    """Train a small mixture-of-experts model, break it on purpose, and show the alarms and their lead."""
+    from foreshock.demo.driver import run_demo
+
+    raise typer.Exit(run_demo(out, quick))
+
+
+def _print_coverage(coverage: Coverage) -> None:
+    from foreshock.monitors.ledger import line
+
+    columns = ("site", "kind", "shape", "weights", "evaluations", "laws", "notes")
+    rows = []
+    for words in map(line, coverage):
+        laws = [words["holding"], *(f"not {law}: {reason}" for law, reason in words["failing"])]
+        notes = "\n".join(words["notes"])
+        rows.append([words["name"], *(str(words[key]) for key in columns[1:5]), "\n".join(filter(None, laws)), notes])
+    _print_table(columns, rows)
+    for title, lines in (("left out", coverage.unmatched), ("warning", coverage.warnings)):
+        for text in lines:
+            print(f"{title}: {text}")
+    print(f"graph breaks: {coverage.graph_breaks}")
+
+
+def _print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, show_lines=False)
+    for row in rows:
+        table.add_row(*row)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_plain(value), indent=2))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become their names."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
