@@ -20,6 +20,7 @@ from foreshock.records import Alarm, Site
 if TYPE_CHECKING:
     from foreshock.reader import Run
 
+EARLY = 100  # recorded steps below which a quiet run is called early
 SHOWN = 12  # alarms before the rest is folded away
 ADVICE = {row.mechanism: row.advice for row in (*diagnosis.TABLE, diagnosis.UNKNOWN)}
 
@@ -49,7 +50,7 @@ def write_report(run: Run, path: str | Path) -> Path:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text.lstrip(), encoding="utf-8")
     except OSError as error:
         raise RunError(f"writing the report {path}: {error.strerror}; pass another file with -o") from error
     return path
@@ -74,7 +75,11 @@ def _verdict(run: Run, alarms: Sequence[Alarm], sites: Mapping[str, Site]) -> di
         what = "no step was recorded" if not len(steps) else "no site was found"
         return {"level": "warning", "title": f"Nothing to judge: {what}", "lines": ["The coverage below says why."]}
     span = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0])
-    lines = [f"No alarm at {len(sites)} watched sites. Nothing to do."]
+    lines = [f"No alarm at {len(sites)} watched site{'s' * (len(sites) > 1)}. Nothing to do."]
+    if len(steps) < EARLY:
+        lines.append(
+            f"Only {len(steps)} steps were recorded: laws are judged from the first, drift once its baseline is learned."
+        )
     return {"level": "good", "title": f"Healthy in steps {span}", "lines": lines}
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from foreshock.reader import Run
 
 FAMILIES = ("laws", "attention", "spectra", "router", "optim", "run", "other")
+SKIPPED = {"run/loss", "law/bias_num", "law/bias_den"}  # drawn by itself, and two halves of law/bias
 # One heatmap for each line that the run has a metric of; the first that exists is taken.
 KEY_METRICS = (
     ("law/key_shift",),
@@ -71,7 +72,7 @@ def _label(site: str | None, sites: Mapping[str, Site], names: Sequence[str]) ->
 def heatmaps(run: Run, sites: Mapping[str, Site]) -> Iterator[Panel]:
     """One panel for each of `KEY_METRICS` that the run has."""
     present = set(run.metrics())
-    for choices in KEY_METRICS:
+    for number, choices in enumerate(KEY_METRICS):
         metric = next((name for name in choices if name in present), None)
         places = [place for place in _labels(run, metric, sites) if place[0] is not None] if metric else []
         if metric is None or not places:
@@ -81,24 +82,24 @@ def heatmaps(run: Run, sites: Mapping[str, Site]) -> Iterator[Panel]:
         largest = law or metric.endswith(("nonfinite", "_bias")) or (entry is not None and entry.merge == "max")
         figure = figures.heatmap(run, metric, places, largest=largest, log=law and not metric.endswith("_t"))
         cell = "Largest magnitude" if largest else "Mean"
-        html = figures.html(figure, f"heat-{metric}", min(140 + 18 * len(places), 420))
+        html = figures.html(figure, f"heat-{number}", min(140 + 18 * len(places), 420))
         yield Panel(metric, f"{cell} over heads or experts. {entry.meaning if entry else ''}", Markup(html))
 
 
 def families(run: Run, sites: Mapping[str, Site], alarms: Sequence[Alarm]) -> Iterator[tuple[str, list[Panel]]]:
     """Curves of every metric, by family; the number of points a curve keeps falls with the number of curves."""
-    names = [name for name in run.metrics() if name != "run/loss"]
+    names = [name for name in run.metrics() if name not in SKIPPED]
     places = {name: _some(_labels(run, name, sites), alarms) for name in names}
     points = min(figures.POINTS, max(24, figures.BUDGET // max(2 * sum(map(len, places.values())), 1)))
     grouped: dict[str, list[Panel]] = {family: [] for family in FAMILIES}
-    for name in names:
+    for number, name in enumerate(names):
         entry = _entry(name)
         left_out = len(run.sites_of(name)) - len(places[name])
         more = f" {left_out} more sites are not drawn." if left_out else ""
         unit = f" [{entry.unit}]" if entry and entry.unit else ""
         figure = figures.curves(run, name, places[name], points, alarms)
         panel = Panel(
-            name + unit, (entry.meaning if entry else "") + more, Markup(figures.html(figure, f"curve-{name}", 290))
+            name + unit, (entry.meaning if entry else "") + more, Markup(figures.html(figure, f"curve-{number}", 290))
         )
         grouped[metrics.family(name) if entry else "other"].append(panel)
     yield from ((family, panels) for family, panels in grouped.items() if panels)

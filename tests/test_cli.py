@@ -1,0 +1,219 @@
+"""The command line: what it prints, what it leaves on disk, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from foreshock import cli
+from foreshock.records import Alarm, Coverage, Reading, Site, SiteStatus
+from foreshock.run import Outcome, launch
+from foreshock.store import RunStore
+
+TOY = """
+import sys
+import torch, neighbour
+import torch.nn.functional as F
+
+class Toy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+    def forward(self, x):
+        q, k, v = (f(x).view(2, 6, 2, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+model = Toy()
+if "method" in sys.argv:
+    model.compile(backend="inductor")
+elif "decorator" in sys.argv:
+    forward = torch.compile(fullgraph=True)(model)
+elif "other" in sys.argv:
+    model = torch.compile(model, backend="eager")
+else:
+    model = torch.compile(model)
+if "train" in sys.argv:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(torch.randn(2, 6, 8)).square().mean().backward()
+        optimizer.step()
+print("arguments", sys.argv[1:], __name__)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every script here is watched as always, but compiled by nothing slow."""
+    monkeypatch.setenv("FORESHOCK_INNER", "aot_eager")
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "neighbour.py").write_text("")
+    path = tmp_path / "scripts" / "toy.py"
+    path.write_text(TOY)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    store = RunStore(tmp_path / "one")
+    store.write(1, [Reading("run/loss", None, np.array([1.0]))])
+    store.alarm(Alarm(9, 7, "a", "law/euler", float("nan"), "< 1", "critical", "bad", ("one",), "it\nis off", head=2))
+    store.coverage(Coverage((SiteStatus(Site("a", "layers.0", "attention", "sdpa"), 1, 1, {}),)))
+    store.close()
+    return tmp_path / "one"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """`cli.main` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["foreshock", *map(str, arguments)])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    return int(leaving.value.code or 0)
+
+
+def test_report(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "report", folder) == 0
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert call(monkeypatch, "report", folder, "-o", folder / "other.html") == 0
+    assert (folder / "other.html").stat().st_size > 1e6
+
+
+def test_alarms(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "alarms", folder) == 0
+    assert capsys.readouterr().out == "step 9 (since about 7) critical: it is off\n"
+    assert call(monkeypatch, "alarms", folder, "--json") == 0
+    [alarm] = json.loads(capsys.readouterr().out)
+    assert (alarm["value"], alarm["head"]) == ("nan", 2)
+
+
+def test_metrics(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "metrics", "--json") == 0
+    names = {metric["name"] for metric in json.loads(capsys.readouterr().out)}
+    assert {"law/euler", "router/entropy", "run/loss"} <= names
+    assert call(monkeypatch, "metrics") == 0
+    table = capsys.readouterr().out
+    assert "law/euler" in table
+    assert "[F]" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "nowhere"], "opening the run nowhere: there is no such folder"),
+        (["alarms", "."], "holds no run.sqlite"),
+        (["run", "nowhere.py"], "running nowhere.py: there is no such file"),
+        (["sites", "nowhere.py"], "running nowhere.py: there is no such file"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *arguments) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("foreshock: ")
+    assert message in line
+
+
+def test_wrong_settings_stop_it_before_the_script(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORESHOCK_EVRY", "1")
+    assert call(monkeypatch, "run", script) == 2
+    printed = capsys.readouterr()
+    assert "FORESHOCK_EVRY" in printed.err
+    assert printed.out == ""
+
+
+def test_run_leaves_the_script_its_arguments_and_keeps_a_run(script: Path, tmp_path: Path) -> None:
+    """The console's way, in a process of its own."""
+    command = [sys.executable, "-m", "foreshock.run", "--every", "1", "--run", str(tmp_path / "kept"), str(script)]
+    done = subprocess.run([*command, "--run", "x", "train", "--", "y"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "arguments ['--run', 'x', 'train', '--', 'y'] __main__" in done.stdout
+    summary = [line for line in done.stderr.splitlines() if line.startswith("foreshock: ")]
+    assert len(summary) == 2
+    assert "no alarm at 1 site in 3 steps" in summary[0]
+    assert str(tmp_path / "kept") in summary[1]
+    shown = subprocess.run(
+        [sys.executable, "-c", f"import foreshock; print(foreshock.open_run({str(tmp_path / 'kept')!r}).metrics())"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "law/key_shift" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "printed"),
+    [
+        ("raise SystemExit(7)", 7, ""),
+        ("import sys; sys.exit('leaving')", 1, "leaving\n"),
+        ("", 0, ""),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+        ("1 +", 1, "SyntaxError"),
+    ],
+)
+def test_the_script_ends_as_it_would_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str, code: int, printed: str
+) -> None:
+    path = tmp_path / "ending.py"
+    path.write_text(ending)
+    before = torch.compile, sys.argv, sys.path
+    assert launch(str(path), []).code == code
+    assert printed in capsys.readouterr().err
+    assert (torch.compile, sys.argv, sys.path) == before
+
+
+def test_a_traceback_begins_in_the_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "ending.py"
+    path.write_text("def fail():\n    raise ValueError('mine')\nfail()\n")
+    assert launch(str(path), []).code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split('"')[1] for line in lines if line.startswith("  File")] == [str(path)] * 2
+    assert lines[-1] == "ValueError: mine"
+
+
+@pytest.mark.parametrize("way", ["plain", "method", "decorator"])
+def test_every_way_to_compile_is_watched(script: Path, way: str) -> None:
+    assert launch(str(script), [way]).watch is not None
+
+
+def test_another_backend_is_left_alone_and_said(script: Path) -> None:
+    outcome = launch(str(script), ["other"])
+    assert outcome.watch is None
+    assert outcome.summary()[0].endswith("(left alone: eager)")
+    assert Outcome().summary()[1] == "no run was kept"
+
+
+def test_sites(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "sites", "--json", script, "--", "train") == 0
+    printed = capsys.readouterr()
+    [status] = json.loads(printed.out)["statuses"]
+    assert status["site"]["heads"] == 2
+    assert "arguments ['train']" in printed.err
+    assert call(monkeypatch, "sites", script, "--", "train") == 0
+    assert "2 heads, 2 kv, dim 4" in capsys.readouterr().out
+
+
+def test_version_and_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.startswith("foreshock 0.")
+    seen: list[object] = []
+    driver = pytest.importorskip("foreshock.demo.driver")
+    monkeypatch.setattr(driver, "run_demo", lambda out, quick: seen.extend((out, quick)) or 3)
+    assert call(monkeypatch, "demo", "--out", tmp_path, "--quick") == 3
+    assert seen == [tmp_path, True]
