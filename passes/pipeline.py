@@ -34,7 +34,7 @@ class Instrumented:
 def instrument(plan: Plan) -> Instrumented | None:
     """Run the passes on ``plan``; None if nothing was inserted."""
     start = time.perf_counter()
-    before = [node for node in plan.graph.nodes]
+    before = list(plan.graph.nodes)
     uniform = torch.zeros(2 * plan.rows, device=plan.device)
     rows = _placeholder(plan, ROWS, uniform)
     insert_probes(plan, rows)

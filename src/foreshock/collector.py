@@ -113,7 +113,11 @@ class Collector:
                 f"probe `{instance.probe.name}` at {instance.site.id}",
                 lambda instance=instance, plain=plain: instance.probe.finish(instance.facts, plain),
             )
-            readings += [Reading(name, instance.site.id, values) for name, values in (found or {}).items()]
+            readings += [
+                Reading(name, instance.site.id, values)
+                for name, values in (found or {}).items()
+                if not instance.laws.get(name.removesuffix("_num").removesuffix("_den"))
+            ]
         readings += self._optimizer_readings(step)
         sites = [instance.site for instance in self.instances]
         for monitor in self.weights:
@@ -121,8 +125,8 @@ class Collector:
             readings += self._guarded(f"monitor {name}", lambda m=monitor: m.update(step, sites)) or []
         by_id = {site.id: site for site in sites}
         for law in self.derived:
-            name = type(law).__name__
-            readings += self._guarded(f"monitor {name}", lambda m=law: m.update(step, readings, by_id)) or []
+            name, so_far = type(law).__name__, tuple(readings)
+            readings += self._guarded(f"monitor {name}", lambda m=law, r=so_far: m.update(step, r, by_id)) or []
         return [reading for reading in readings if self._wanted(reading.metric)]
 
     def _wanted(self, metric: str) -> bool:

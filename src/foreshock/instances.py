@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -61,10 +61,11 @@ class Instances:
 
     def _make(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
         weights = {role: self._rebind(view, held[role]) for role, view in match.weights.items()}
-        paths = [view.names[0].rpartition(".")[0] + "." for view in weights.values()]
+        paths = [view.names[0].split(".")[:-1] for view in weights.values()]
         moved = any(view.resolve() is not match.weights[role].resolve() for role, view in weights.items())
         if paths and (moved or not name):
-            name = os.path.commonprefix(paths).rpartition(".")[0] or name
+            shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+            name = ".".join(parts[0] for parts in shared) or name
         site = Site(
             id=self._fresh_id(match.kind, name),
             name=name,

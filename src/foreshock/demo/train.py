@@ -20,7 +20,7 @@ from foreshock.demo.model import Config, Transformer
 
 BATCH = 8
 WARMUP = 100
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1.5e-3
 BALANCE = 0.01
 
 
@@ -29,7 +29,7 @@ class Ramp:
     """A factor that grows from 1 to ``peak``, by the same ratio each step for ``steps`` steps, and stays there."""
 
     peak: float = 1.0
-    steps: int = 800
+    steps: int = 1
 
     def __call__(self, since: int) -> float:
         return float(self.peak ** min(max(since, 0) / self.steps, 1.0))
@@ -40,31 +40,32 @@ class Fault:
     """What goes wrong from the chosen step on: the kernel, a learning rate, or the weight of the balancing loss."""
 
     note: str
-    attention: kernel.Fault = kernel.HEALTHY
     learning_rate: Ramp = Ramp()
     router_learning_rate: Ramp = Ramp()
+    attention: kernel.Fault = kernel.HEALTHY
     balance: float = 1.0
 
 
+ONE_BIT = Rounding(bits=1)
 FAULTS = {
     "none": Fault("nothing goes wrong"),
     "attention": Fault(
-        "the attention kernel rounds its output away from zero and keeps one mantissa bit",
-        attention=kernel.Fault(out=Rounding(bits=1)),
+        "the attention kernel of layer 1 rounds its output away from zero, to one mantissa bit",
+        attention=kernel.Fault(out=ONE_BIT, layer=1, layers=2),
+    ),
+    "attention-everywhere": Fault(
+        "the attention kernel rounds its output away from zero, to one mantissa bit",
+        attention=kernel.Fault(out=ONE_BIT),
     ),
     "attention-backward": Fault(
-        "the attention kernel's backward rounds the output it reads to a power of two, away from zero",
+        "the attention kernel's backward rounds the output that it reads away from zero, to a power of two",
         attention=kernel.Fault(delta=Rounding(bits=0)),
     ),
-    "attention-one-layer": Fault(
-        "as `attention`, in the second layer only",
-        attention=kernel.Fault(out=Rounding(bits=1), layer=1, layers=2),
+    "router": Fault(
+        "the learning rate of the routers ramps up a hundredfold over 400 steps", router_learning_rate=Ramp(100, 400)
     ),
-    "router": Fault("the load-balancing loss turns its sign and grows tenfold", balance=-10.0),
-    "router-learning-rate": Fault("the routers' learning rate ramps up a hundredfold", router_learning_rate=Ramp(100)),
-    "learning-rate": Fault(
-        "the learning rate ramps up thirtyfold over 800 steps", learning_rate=Ramp(30), router_learning_rate=Ramp(30)
-    ),
+    "router-balance": Fault("the load-balancing loss turns its sign and grows tenfold", balance=-10.0),
+    "learning-rate": Fault("the learning rate ramps up thirtyfold over 800 steps", Ramp(30, 800), Ramp(30, 800)),
 }
 
 
