@@ -13,7 +13,7 @@ import numpy as np
 
 from foreshock.records import Array
 
-CLIP = 4.0  # one sample counts for at most 4 sigma
+CLIP = 6.0  # one sample counts for at most 6 sigma
 SLACK = 1.5  # in sigma: forecast errors of neighbouring samples share the fit, so half a sigma (the textbook's) would wander
 
 
@@ -25,7 +25,7 @@ class Cusum:
         self.onset = np.zeros((2, 0), dtype=np.int64)
 
     def update(self, step: int, z: Array, limit: float) -> Array:
-        """Take one standardized sample ``[S]`` (NaN: missing, nothing changes); returns alarms as bool ``[2, S]``."""
+        """Take one standardized sample ``[S]`` (NaN: missing, nothing changes); returns the sums ``[2, S]``."""
         missing = len(z) - self.sums.shape[1]
         self.sums = np.pad(self.sums, ((0, 0), (0, missing)))
         self.onset = np.pad(self.onset, ((0, 0), (0, missing)), constant_values=step)
@@ -34,7 +34,7 @@ class Cusum:
         fresh = (self.sums == 0) & (moved > 0)
         self.onset = np.where(fresh, step, self.onset)
         self.sums = np.where(np.isfinite(z), moved, self.sums)
-        return self.sums > limit
+        return self.sums
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums.tolist(), "onset": self.onset.tolist()}

@@ -17,6 +17,7 @@ from foreshock.monitors.finding import Finding
 from foreshock.records import Site
 
 LR_RISEN = 1.5  # a learning rate half above its lowest since the warm-up is no decay schedule's doing
+TOGETHER = 20  # steps: two samples; onsets are not known more closely
 SPREAD = 0.5  # share of the attention sites that must move together before a cause common to all is named
 
 LAW_BIAS = ("law/bias+", "law/bias-", "law/bias_site+", "law/bias_site-")
@@ -91,9 +92,10 @@ def _widespread(findings: Sequence[Finding], context: Context) -> bool:
 
 
 def _load_first(findings: Sequence[Finding], context: Context) -> bool:
-    """The load left before the router's own shape did, or with it."""
+    """The load left before the router's own shape did, or with it; a hint of it is enough."""
     load = [f.onset for f in findings if symptom(f) in LOAD]
-    return bool(load) and min(load) <= min((f.onset for f in findings if symptom(f) not in LOAD), default=min(load))
+    others = [f.onset for f in findings if symptom(f) in ROUTER]
+    return bool(load) and min(load) <= min(others, default=min(load)) + TOGETHER
 
 
 # fmt: off
@@ -114,7 +116,7 @@ TABLE: tuple[Row, ...] = (
     Row("learning rate too large", ("attention/delta2_norm+",), (*ATTENTION, *ROUTER, *LOAD, *LATE), "run", "warning",
         "query and key updates grow in most layers at once while every kernel law holds",
         "Look at the learning rate of the query and key weights and at gradient clipping.", _widespread),
-    Row("load-balance fault", LOAD, (*ROUTER, *LOAD, *LATE), "site", "warning",
+    Row("load-balance fault", (*LOAD, *ROUTER), (*ROUTER, *LOAD, *LATE), "site", "warning",
         "the experts' load became uneven before the router's own shape changed",
         "Check the sign and size of the balancing loss or of the selection-bias update.", _load_first),
     Row("router collapse", ROUTER, (*ROUTER, *LOAD, *LATE), "site", "warning",
@@ -138,14 +140,16 @@ UNKNOWN = Row("unknown", (), (), "site", "warning",
 
 
 def diagnose(findings: Sequence[Finding], context: Context, table: Sequence[Row] = TABLE) -> list[Diagnosis]:
-    """Every mechanism that the findings make a case for; each finding leads in at most one."""
+    """Every mechanism that the findings make a case for; each finding leads in at most one, and hints lead in none."""
     left = sorted(findings, key=lambda f: (f.onset, f.step, f.metric, f.site or ""))
     made: list[Diagnosis] = []
     for row in table:
         places = dict.fromkeys(f.site for f in left if symptom(f) in row.leads) if row.scope == "site" else (None,)
         for place in places:
             here = [f for f in left if row.scope == "run" or f.site in (place, None)]
-            leads = [f for f in here if symptom(f) in row.leads and (row.scope == "run" or f.site == place)]
+            leads = [
+                f for f in here if symptom(f) in row.leads and f.score >= 1 and (row.scope == "run" or f.site == place)
+            ]
             if not leads or not row.condition(here, context):
                 continue
             lead = max(leads, key=lambda f: min(f.score, 1e9))
@@ -156,7 +160,7 @@ def diagnose(findings: Sequence[Finding], context: Context, table: Sequence[Row]
         consequences = (*ATTENTION, *ROUTER, *LOAD, *LATE) if kernel else ()
         left = [f for f in left if id(f) not in taken and symptom(f) not in consequences]
     known = {diagnosis.site for diagnosis in made}
-    strangers = [] if None in known else [f for f in left if f.site not in known]
+    strangers = [] if None in known else [f for f in left if f.site not in known and f.score >= 1]
     places = dict.fromkeys(f.site for f in strangers)
     return made + [Diagnosis(UNKNOWN, place, tuple(f for f in strangers if f.site == place)) for place in places]
 

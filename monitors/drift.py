@@ -9,13 +9,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from foreshock.errors import ConfigError
-from foreshock.monitors.cusum import CLIP, Cusum
+from foreshock.monitors.cusum import Cusum
 from foreshock.monitors.finding import Finding
 from foreshock.monitors.forecast import Forecast
 from foreshock.monitors.policy import SPACING, TRENDS, WARMUP_SAMPLES, Trend
 from foreshock.records import Array, Reading, Site
 
-LIMIT = 8.0  # sigma: with the clip at 4 and the slack at 1.5, four samples far out are the least that alarms
+HINT = 0.4  # share of the limit from which a series may help to name a mechanism
+LIMIT = 7.0  # sigma: with the clip at 6 and the slack at 1.5, three samples far out are the least that alarms
+EFFECT = (
+    4.0  # the policy's smallest change that matters counts as at most so many sigma: smaller ones stay below the slack
+)
 FOLDS: dict[str, Callable[[Array], Any]] = {"mean": np.nanmean, "max": np.nanmax, "min": np.nanmin}
 
 
@@ -88,7 +92,7 @@ class Drift:
         self._settling = WARMUP_SAMPLES
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
-        """Every series that is out now."""
+        """Every series that is out now (score above 1), and the hints."""
         if step < self._last + self.spacing:
             return []
         self._last = step
@@ -104,17 +108,17 @@ class Drift:
         predicted, spread = (
             np.pad(x, (0, len(values) - len(x)), constant_values=np.nan) for x in self.forecast.expect(step)
         )
-        sigma = np.fmax(self._shared(spread), effects / CLIP)
+        sigma = np.fmax(self._shared(spread), effects / EFFECT)
         z = np.where(np.isfinite(spread), (values - predicted) / sigma, np.nan)
-        out = self.cusum.update(step, z, limit)
-        calm = (self.cusum.sums < limit / 2).all(0)
+        sums = self.cusum.update(step, z, limit)
+        calm = (sums < limit / 2).all(0)
         self.forecast.learn(step, values, np.where(calm, values - predicted, np.nan))
-        findings = self._findings(step, out, self.cusum, limit, raw, predicted, worst, "its own trend")
+        findings = self._findings(step, self.cusum, limit, raw, predicted, worst, "its own trend")
         if self._band:
             middle, width = self._band.at(step, [(self.trends[position], site) for position, site in self.columns.keys])
-            z = (values - middle) / np.fmax(width, effects / CLIP)
-            out = self.reference_cusum.update(step, z, limit)
-            findings += self._findings(step, out, self.reference_cusum, limit, raw, middle, worst, "the reference")
+            z = (values - middle) / np.fmax(width, effects / EFFECT)
+            self.reference_cusum.update(step, z, limit)
+            findings += self._findings(step, self.reference_cusum, limit, raw, middle, worst, "the reference")
         return findings
 
     def _warming(self, step: int, readings: Sequence[Reading]) -> bool:
@@ -137,10 +141,10 @@ class Drift:
         return shared
 
     def _findings(
-        self, step: int, out: Array, cusum: Cusum, limit: float, raw: Array, expected: Array, worst: Array, against: str
+        self, step: int, cusum: Cusum, limit: float, raw: Array, expected: Array, worst: Array, against: str
     ) -> list[Finding]:
         findings = []
-        for side, column in np.argwhere(out):
+        for side, column in np.argwhere(cusum.sums > HINT * limit):
             position, site = self.columns.keys[column]
             trend, direction = self.trends[position], 1 - 2 * int(side)
             if direction not in trend.directions or not np.isfinite(expected[column]):

@@ -14,7 +14,8 @@ class Finding:
     """One series that left what is expected of it, at one step.
 
     ``direction`` is +1 (too high) or -1 (too low); ``index`` the head or expert; ``score`` how far beyond the detector's own
-    limit (1 is at the limit). A detector repeats a finding at every sample for as long as it holds.
+    limit (1 is at the limit; less is a hint, which alarms nobody but helps to name what does). A detector repeats a finding at
+    every sample for as long as it holds.
     """
 
     step: int

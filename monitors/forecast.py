@@ -22,6 +22,7 @@ LAG = 6  # samples between the fit and now: a fault has this long to be heard be
 FIT = 30  # samples of a fit: long against the noise, short against a schedule
 MIN_FIT = 12  # four points in each third is the least a median of a third is worth
 ERRORS = 60  # past errors that set the spread
+DAMPING = 0.6  # of the slope is carried forward (Gardner's damped trend): a slow ramp that enters the fit stays visible
 MIN_ERRORS = 10  # below this the median error is itself uncertain by more than a third
 
 
@@ -51,7 +52,8 @@ class Forecast:
             errors = self.errors[-ERRORS:]
             spread = 1.4826 * np.nanmedian(np.abs(errors), 0) if len(errors) else np.full(series, np.nan)
         enough = (np.isfinite(past).sum(0) >= MIN_FIT) & (np.isfinite(errors).sum(0) >= MIN_ERRORS)
-        prediction = level + slope * np.log(step + 1)
+        middle = np.median(time)
+        prediction = level + slope * (middle + DAMPING * (np.log(step + 1) - middle))
         return prediction, np.where(enough, spread, np.nan)
 
     def learn(self, step: int, values: Array, errors: Array) -> None:

@@ -1,7 +1,7 @@
 """From readings to alarms: runs the detectors, remembers what they said, diagnoses, and speaks once.
 
-One alarm per mechanism and site, until it clears or escalates. An alarm escalates when its mechanism's severity rises, or when the
-loss has left its trend too.
+One alarm per mechanism and site, until it clears (nothing at the site is out any more) or escalates (the loss has left its
+trend too).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from foreshock.errors import ConfigError
 from foreshock.monitors.detectors import LawTest, Limits
-from foreshock.monitors.diagnosis import Context, Diagnosis, diagnose
+from foreshock.monitors.diagnosis import TABLE, UNKNOWN, Context, Diagnosis, diagnose
 from foreshock.monitors.drift import Drift, Run
 from foreshock.monitors.finding import Detector, Finding
 from foreshock.monitors.metrics import metric
@@ -23,6 +23,7 @@ from foreshock.records import Alarm, Reading, Site
 MEMORY = 20  # samples for which a finding that is no longer repeated still counts: consequences come later than causes
 PATIENCE = 5  # samples that a symptom must last before it is called unknown or blamed on the data
 RATES = 200  # samples of the learning rate that its rise is measured over
+ORDER = {row.mechanism: place for place, row in reversed(list(enumerate((*TABLE, UNKNOWN))))}
 RANK = {"warning": 0, "critical": 1}
 PARTS = {"heads": "head", "kv_heads": "key/value head", "experts": "expert"}
 
@@ -69,18 +70,23 @@ class Judge:
         rise = self._rates[-1] / min(self._rates) if self._rates and min(self._rates) > 0 else 1.0
         context = Context(sites, rise)
         diagnoses = [d for d in diagnose([entry[0] for entry in self._heard.values()], context) if self._ripe(d)]
-        damaged = any(metric == "run/loss" for _, metric, _ in self._heard)
+        out = [finding for finding, _, _ in self._heard.values() if finding.score >= 1]
+        damaged = any(finding.metric == "run/loss" for finding in out)
+        self._open = {key: value for key, value in self._open.items() if any(key[1] in (None, f.site) for f in out)}
         alarms = []
-        still: dict[Key, str] = {}
         for diagnosis in diagnoses:
             key = (diagnosis.row.mechanism, diagnosis.site)
             severity = "critical" if damaged else diagnosis.row.severity
             before = self._open.get(key)
-            still[key] = max(severity, before or severity, key=RANK.__getitem__)
-            if before is None or RANK[severity] > RANK[before]:
-                alarms.append(alarm(step, diagnosis, severity, context))
-        self._open = still
+            if (before is None and self._spoken_for(key)) or (before is not None and RANK[severity] <= RANK[before]):
+                continue
+            self._open[key] = severity
+            alarms.append(alarm(step, diagnosis, severity, context))
         return alarms
+
+    def _spoken_for(self, key: Key) -> bool:
+        """An open alarm speaks for every mechanism further down the table, at its site or, if it is the run's, everywhere."""
+        return any(ORDER[name] < ORDER[key[0]] and site in (None, key[1]) for name, site in self._open)
 
     def _watch_rate(self, readings: Sequence[Reading]) -> None:
         rate = next((float(r.values.max()) for r in readings if r.metric == "optim/lr"), None)
@@ -94,7 +100,7 @@ class Judge:
     def _remember(self, finding: Finding) -> None:
         key = (finding.site, finding.metric, finding.direction)
         last, first, _ = self._heard.get(key, (finding, self._samples, 0))
-        merged = replace(finding, onset=min(last.onset, finding.onset))
+        merged = replace(finding, onset=min(last.onset, finding.onset), score=max(last.score, finding.score))
         self._heard[key] = (merged, first, self._samples)
 
     def _ripe(self, diagnosis: Diagnosis) -> bool:
@@ -125,7 +131,7 @@ class Judge:
 def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context) -> Alarm:
     """The diagnosis as a record: the leading finding's numbers, everybody's evidence, and what to do."""
     lead, row = diagnosis.findings[0], diagnosis.row
-    onset = min(finding.onset for finding in diagnosis.findings)
+    onset = min(finding.onset for finding in diagnosis.findings if finding.score >= 1)
     evidence = [describe(finding, context.sites) for finding in diagnosis.findings]
     if row.mechanism == "learning rate too large" and context.lr_rise > 1:
         evidence.append(f"optim/lr rose to {context.lr_rise:.3g} times its lowest since the warm-up")
