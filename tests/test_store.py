@@ -105,6 +105,26 @@ def test_compaction_keeps_every_number(tmp_path: Path, width: int) -> None:
     store.close()
 
 
+def test_two_writers_share_the_series(tmp_path: Path) -> None:
+    first, second = RunStore(tmp_path), RunStore(tmp_path)
+    for step in range(600):
+        (first, second)[step % 2].write(step, [reading("run/loss", None, step)])
+        (first, second)[step % 2].flush()
+    first.close()
+    second.close()
+    with open_run(tmp_path) as run:
+        assert run.series("run/loss")[1].tolist() == list(range(600))
+
+
+def test_a_finished_run_is_one_file(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    store.write(1, [reading("run/loss", None, 1.0)])
+    store.close()
+    with open_run(tmp_path) as run:
+        assert len(run.steps) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["run.sqlite"]
+
+
 def test_small_and_quick_at_a_million_numbers(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     rng = np.random.default_rng(0)

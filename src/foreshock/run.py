@@ -96,11 +96,13 @@ def _watching(plain: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]
     @functools.wraps(plain)
     def compile_watched(model: Any = None, **options: Any) -> Any:
         backend = options.get("backend") or torch.compiler.get_default_backend()
-        if backend in ("inductor", "foreshock"):
+        if backend in ("inductor", "foreshock", foreshock.instrumented):
             outcome.watch = outcome.watch or foreshock.default_watch()
             options["backend"] = foreshock.instrumented
-        elif backend is not foreshock.instrumented:
-            outcome.left_alone.add(backend if isinstance(backend, str) else getattr(backend, "__name__", repr(backend)))
+        else:
+            outcome.left_alone.add(
+                backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
+            )
         return plain(model, **options)
 
     return compile_watched

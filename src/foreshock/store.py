@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class RunStore(Tables):
         self._alarms: list[Alarm] = []
         self._coverage: Coverage | None = None
         self._meta: dict[str, Any] = {}
+        self._failing = False
         self._forget()
 
     def write(self, step: int, readings: Sequence[Reading]) -> None:
@@ -82,7 +84,7 @@ class RunStore(Tables):
                 values = np.array(reading.values, "<f4").reshape(-1)
                 if values.size:
                     row[reading.metric, reading.site] = values
-            if len(self._buffer) > PENDING:
+            if self._failing and len(self._buffer) > PENDING:
                 del self._buffer[next(iter(self._buffer))]
 
     def alarm(self, alarm: Alarm) -> None:
@@ -110,11 +112,16 @@ class RunStore(Tables):
                     self._write_row(db, step, row)
                 self._compact(db, COMPACT)
                 db.execute("COMMIT")
-            except (sqlite3.Error, OSError) as error:
+            except Exception as error:
                 self._rollback()
+                self._failing = True
+                if isinstance(error, RunError):
+                    raise
                 raise RunError(
-                    f"writing {self.path}: {error}; free the disk or make the folder writable, what is not written is kept"
+                    f"writing {self.path}: {error}; free the disk or make the folder writable; "
+                    f"the last {PENDING} steps are kept in memory until then"
                 ) from error
+            self._failing = False
             self._buffer, self._alarms, self._coverage, self._meta = {}, [], None, {}
 
     def close(self) -> None:
@@ -125,6 +132,8 @@ class RunStore(Tables):
                     self.flush()
             finally:
                 if self._db is not None:
+                    with suppress(sqlite3.Error):  # a reader is still there: then the log file stays beside the run
+                        self._db.executescript("PRAGMA busy_timeout = 0; PRAGMA journal_mode = DELETE;")
                     self._db.close()
                 self._db = None
                 self._forget()
@@ -155,9 +164,8 @@ class RunStore(Tables):
         self._last: dict[int, int] = {}  # series -> the last step written to the tail since it was last emptied
 
     def _remember(self, db: sqlite3.Connection) -> None:
-        """Take up an existing run: its series by name, and its tail into chunks, so that whatever comes is newer."""
+        """Take up an existing run: its tail becomes chunks, so that whatever comes is newer."""
         self._forget()
-        self._series = {(metric, site): id_ for id_, metric, site in db.execute("SELECT id, metric, site FROM series")}
         db.execute("BEGIN IMMEDIATE")
         self._compact(db, 1)
         db.execute("COMMIT")
@@ -188,8 +196,9 @@ class RunStore(Tables):
 
     def _id(self, db: sqlite3.Connection, key: Key) -> int:
         if key not in self._series:
-            id_ = db.execute("INSERT INTO series (metric, site) VALUES (?, ?)", key).lastrowid
-            self._series[key] = id_ or 0
+            known = db.execute("SELECT id FROM series WHERE metric = ? AND site IS ?", key).fetchone()
+            added = known or (db.execute("INSERT INTO series (metric, site) VALUES (?, ?)", key).lastrowid,)
+            self._series[key] = added[0]
         return self._series[key]
 
     def _layout(self, db: sqlite3.Connection, fields: tuple[tuple[int, int], ...]) -> int:

@@ -73,7 +73,9 @@ def unpack_steps(data: bytes) -> Steps:
 
 def dump(value: Any) -> str:
     """JSON; arrays and NumPy or torch scalars become plain numbers, anything else its text."""
-    return json.dumps(value, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other))
+    return json.dumps(
+        value, skipkeys=True, default=lambda other: other.tolist() if hasattr(other, "tolist") else str(other)
+    )
 
 
 class Tables(Queries):
