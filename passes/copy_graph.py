@@ -19,7 +19,7 @@ def copy_graph(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
         mapping[old_output] = new_output
     for old, new in mapping.items():
         if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]  # how AOTAutograd tells inputs apart
+            new._dynamo_source = old._dynamo_source  # how AOTAutograd tells inputs apart
     copied = GraphModule(module, graph)
     copied.meta = dict(module.meta)
     return copied, mapping

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node
 
 from foreshock.passes.plan import Plan, Quantity, SitePlan
@@ -20,17 +22,14 @@ def insert_probes(plan: Plan, rows: Node) -> None:
 
 def _probe(plan: Plan, site: SitePlan, rows: Node, guard: bool) -> None:
     recorder = Recorder(plan.graph, plan.fake_mode, "insert_probes", site.label)
-    last = max(site.match.roles.values(), key=_order(plan))
+    order = {node: position for position, node in enumerate(plan.graph.nodes)}
+    last = max(site.match.roles.values(), key=order.__getitem__)
     with recorder.before(last.next), recorder.without_autocast(plan.device.type, guard):
-        tensors = {role: Value(node, recorder).detach() for role, node in site.match.roles.items()}
-        results = site.probe.forward(site.facts, tensors, Value(rows, recorder))
+        tensors: Any = {role: Value(node, recorder).detach() for role, node in site.match.roles.items()}
+        uniform: Any = Value(rows, recorder)
+        results = site.probe.forward(site.facts, tensors, uniform)
         flat = {name: result.reshape(-1).float() for name, result in results.items()}
     for name, result in flat.items():
         plan.packed.append(result.node)  # type: ignore[attr-defined]  # a Value
         size = int(result.fake.shape[0])  # type: ignore[attr-defined]
         plan.forward.append(Quantity(site.index, name, size, "max" if name in site.probe.maxima else "sum"))
-
-
-def _order(plan: Plan):  # type: ignore[no-untyped-def]  # a key function over nodes
-    position = {node: index for index, node in enumerate(plan.graph.nodes)}
-    return position.__getitem__

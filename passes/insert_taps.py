@@ -69,7 +69,9 @@ def _tap(plan: Plan, site: SitePlan, sizes: dict[str, int]) -> None:
         piece = recorder.create_node("call_function", _placeholder_piece, (), {})
         piece.meta["example_value"] = piece_fake
         inputs = [Value(_source(site, role), recorder) for role in roles]
-        entered = recorder.create_proxy("call_function", ENTER, (inputs, Value(piece, recorder), json.dumps(spec)), {})
+        entered: Any = recorder.create_proxy(
+            "call_function", ENTER, (inputs, Value(piece, recorder), json.dumps(spec)), {}
+        )
         views = [entered[i] for i in range(len(roles) + (2 if match.operands else 0))]
     if match.operands:
         for view, role in zip(views, roles, strict=False):

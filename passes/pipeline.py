@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -65,7 +66,7 @@ def _placeholder(plan: Plan, name: str, example: torch.Tensor) -> Node:
         node = plan.graph.placeholder(name)
     node.meta["example_value"] = plan.fake_mode.from_tensor(example, static_shapes=True)
     node.meta["foreshock"] = {"pass": "pipeline", "site": ""}
-    node._dynamo_source = _torch.synthetic_source(name)  # type: ignore[attr-defined]
+    node._dynamo_source = _torch.synthetic_source(name)
     return node
 
 
@@ -73,8 +74,9 @@ def _pack(plan: Plan) -> None:
     output = next(iter(reversed(plan.graph.nodes)))
     recorder = Recorder(plan.graph, plan.fake_mode, "pack", "")
     with recorder.before(output):
-        packed = torch.cat([Value(node, recorder) for node in plan.packed])  # type: ignore[misc]
-    output.args = ((*output.args[0], packed.node),)  # type: ignore[misc,attr-defined]
+        parts: Any = [Value(node, recorder) for node in plan.packed]
+        packed: Any = torch.cat(parts)
+    output.args = ((*output.args[0], packed.node),)
 
 
 def _verify(plan: Plan, before: list[Node]) -> None:

@@ -94,11 +94,13 @@ class _Exit(torch.autograd.Function):
 
 
 def _enter(inputs: list[Tensor], slot: Tensor, spec: str) -> list[Tensor]:
-    return list(_Enter.apply(spec, slot, *inputs))
+    apply: Any = _Enter.apply
+    return list(apply(spec, slot, *inputs))
 
 
 def _exit(out: Tensor, carriers: list[Tensor]) -> Tensor:
-    result: Tensor = _Exit.apply(out, *carriers)
+    apply: Any = _Exit.apply
+    result: Tensor = apply(out, *carriers)
     return result
 
 

@@ -74,6 +74,11 @@ def _function_name(node: Node) -> str:
     )
 
 
+def args(node: Node) -> tuple[Any, ...]:
+    """The positional arguments, without FX's union of all that an argument can be."""
+    return node.args
+
+
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     """The argument called ``name``, or standing at ``position``, else ``default``."""
     if name in node.kwargs:

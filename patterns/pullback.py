@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.fx import Node
 
-from foreshock.patterns.ops import argument, op, shape
+from foreshock.patterns.ops import args, argument, op, shape
 
 Coordinates = npt.NDArray[np.int64]  # [elements, axes]
 
@@ -86,12 +86,12 @@ class Pull:
         if name in _BINARY:
             return self._binary(node, name, c)
         if name in _UNARY:
-            return self(node.args[0], c)
+            return self(args(node)[0], c)
         if name in _NORMS:
             return self._norm(node, c)
         if name in ("cat", "stack"):
             return self._cat(node, name, c)
-        if name == "getitem" and isinstance(node.args[0], Node) and shape(node.args[0]) is None:
+        if name == "getitem" and isinstance(args(node)[0], Node) and shape(args(node)[0]) is None:
             return self._piece(node, c)
         rule = _RULES.get(name)
         if rule is None:
@@ -106,10 +106,10 @@ class Pull:
         if moved is None:
             self._stop(node, f"`{name}` with these arguments is not followed")
             return None
-        return self(node.args[0], moved)
+        return self(args(node)[0], moved)
 
     def _binary(self, node: Node, name: str, c: Coordinates) -> Trail | None:
-        operands = node.args[1:] if name == "where" else node.args[:2]
+        operands = args(node)[1:] if name == "where" else args(node)[:2]
         main: Trail | None = None
         scales: list[tuple[Node, Coordinates, float]] = []
         for operand in operands:
@@ -130,7 +130,7 @@ class Pull:
         return None if main is None else replace(main, scales=(*main.scales, *scales))
 
     def _norm(self, node: Node, c: Coordinates) -> Trail | None:
-        trail = self(node.args[0], c)
+        trail = self(args(node)[0], c)
         weight = argument(node, 2, "weight")
         if trail is None or weight not in self.parameters or len(shape(weight) or ()) != 1:
             return trail
@@ -167,9 +167,9 @@ class Pull:
 
     def _piece(self, node: Node, c: Coordinates) -> Trail | None:
         """getitem(i) of split, chunk or unbind."""
-        source, index = node.args[0], node.args[1]
+        source, index = args(node)[0], args(node)[1]
         name = op(source) if isinstance(source, Node) else ""
-        whole = shape(source.args[0]) if isinstance(source, Node) and source.args else None
+        whole = shape(args(source)[0]) if isinstance(source, Node) and args(source) else None
         if (
             not isinstance(source, Node)
             or whole is None
@@ -180,7 +180,7 @@ class Pull:
             return None
         if name == "unbind":
             axis = argument(source, 1, "dim", 0) % len(whole)
-            return self(source.args[0], np.insert(c, axis, index % whole[axis], axis=1))
+            return self(args(source)[0], np.insert(c, axis, index % whole[axis], axis=1))
         axis = argument(source, 2, "dim", 0) % len(whole)
         how = argument(source, 1, "split_size_or_sections", None)
         how = argument(source, 1, "chunks", how) if name == "chunk" else argument(source, 1, "split_size", how)
@@ -193,7 +193,7 @@ class Pull:
             return None
         moved = c.copy()
         moved[:, axis] += start
-        return self(source.args[0], moved)
+        return self(args(source)[0], moved)
 
 
 def _broadcast(c: Coordinates, sizes: tuple[int, ...]) -> Coordinates:
@@ -203,7 +203,7 @@ def _broadcast(c: Coordinates, sizes: tuple[int, ...]) -> Coordinates:
 
 
 def _reshape(node: Node, c: Coordinates) -> Coordinates | None:
-    out, source = shape(node), shape(node.args[0])
+    out, source = shape(node), shape(args(node)[0])
     if out is None or source is None or np.prod(out) != np.prod(source):
         return None
     flat = np.ravel_multi_index(tuple(c.T), out) if out else np.zeros(len(c), dtype=np.int64)
@@ -231,7 +231,7 @@ def _transpose(node: Node, c: Coordinates) -> Coordinates:
 
 def _permute(node: Node, c: Coordinates) -> Coordinates:
     dims = argument(node, 1, "dims")
-    dims = dims if isinstance(dims, list | tuple) else node.args[1:]
+    dims = dims if isinstance(dims, list | tuple) else args(node)[1:]
     return _permute_by([int(dim) % c.shape[1] for dim in dims], c)
 
 
@@ -242,7 +242,7 @@ def _matrix_transpose(node: Node, c: Coordinates) -> Coordinates:
 
 
 def _expand(node: Node, c: Coordinates) -> Coordinates | None:
-    source = shape(node.args[0])
+    source = shape(args(node)[0])
     return None if source is None else _broadcast(c, source)
 
 
@@ -256,14 +256,14 @@ def _repeat_interleave(node: Node, c: Coordinates) -> Coordinates | None:
 
 
 def _repeat(node: Node, c: Coordinates) -> Coordinates | None:
-    source = shape(node.args[0])
+    source = shape(args(node)[0])
     if source is None:
         return None
     return c[:, c.shape[1] - len(source) :] % np.array(source, dtype=np.int64)
 
 
 def _select(node: Node, c: Coordinates) -> Coordinates | None:
-    source, axis, index = shape(node.args[0]), argument(node, 1, "dim"), argument(node, 2, "index")
+    source, axis, index = shape(args(node)[0]), argument(node, 1, "dim"), argument(node, 2, "index")
     if source is None or not isinstance(index, int):
         return None
     return np.insert(c, axis % len(source), index % source[axis], axis=1)
@@ -279,8 +279,8 @@ def _narrow(node: Node, c: Coordinates) -> Coordinates | None:
 
 
 def _getitem(node: Node, c: Coordinates) -> Coordinates | None:
-    source = shape(node.args[0])
-    index = node.args[1]
+    source = shape(args(node)[0])
+    index = args(node)[1]
     parts = list(index) if isinstance(index, tuple) else [index]
     if source is None or any(not (part is None or part is Ellipsis or isinstance(part, int | slice)) for part in parts):
         return None

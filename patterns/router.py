@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node
 
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import argument, op, shape, tensor
+from foreshock.patterns.ops import args, argument, op, shape, tensor
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.provenance import Origin, Untraced, trace_features, weight_view
 from foreshock.patterns.pullback import projection_weight
@@ -40,7 +42,7 @@ def _match_topk(view: GraphView, node: Node) -> Match | Miss:
     experts = sizes[-1]
     if experts < 2:
         return Miss(node, "fewer than two experts", quiet=True)
-    values, indices = (next((u for u in node.users if op(u) == "getitem" and u.args[1] == i), None) for i in (0, 1))
+    values, indices = (next((u for u in node.users if op(u) == "getitem" and args(u)[1] == i), None) for i in (0, 1))
     if indices is None:
         return Miss(node, "the chosen indices are not used")
     reason = _not_dispatch(view, node)
@@ -59,7 +61,7 @@ def _match_topk(view: GraphView, node: Node) -> Match | Miss:
     weight = weight_view(view, origin)
     roles = {"logits": logits, "scores": scores, "indices": indices}
     source = (
-        origin.projection.args[0] if projection_weight(origin.projection) is not origin.projection.args[0] else None
+        args(origin.projection)[0] if projection_weight(origin.projection) is not args(origin.projection)[0] else None
     )
     if isinstance(source, Node) and tensor(source) is not None and op(origin.projection) != "addmm":
         roles["input"] = source
@@ -80,11 +82,11 @@ def _match_topk(view: GraphView, node: Node) -> Match | Miss:
     )
 
 
-def _logits(origin: Origin, scores: Node) -> Node:
+def _logits(origin: Origin, scores: Node) -> Any:
     """What enters the scoring function; without one, what enters the selection. ``path`` runs from projection to scores."""
     for step in origin.path:
-        if op(step) in _SCORINGS and isinstance(step.args[0], Node):
-            return step.args[0]
+        if op(step) in _SCORINGS and isinstance(args(step)[0], Node):
+            return args(step)[0]
     return scores
 
 

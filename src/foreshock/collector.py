@@ -100,7 +100,7 @@ class Collector:
         training = [s for s in samples if s.is_training()]
         if training:
             readings += self._measure(step, training)
-        self._guarded("writing to the store", lambda: self.store.write(step, readings))
+        self._guarded("writing to the store", self.store.write, step, readings)
         if training:
             self._judge(step, readings)
             self._guarded("flushing the store", self.store.flush)
@@ -111,7 +111,9 @@ class Collector:
             plain = {name: part for name, (_, part) in quantities.items()}
             found = self._guarded(
                 f"probe `{instance.probe.name}` at {instance.site.id}",
-                lambda instance=instance, plain=plain: instance.probe.finish(instance.facts, plain),
+                instance.probe.finish,
+                instance.facts,
+                plain,
             )
             readings += [
                 Reading(name, instance.site.id, values)
@@ -122,11 +124,11 @@ class Collector:
         sites = [instance.site for instance in self.instances]
         for monitor in self.weights:
             name = type(monitor).__name__
-            readings += self._guarded(f"monitor {name}", lambda m=monitor: m.update(step, sites)) or []
+            readings += self._guarded(f"monitor {name}", monitor.update, step, sites) or []
         by_id = {site.id: site for site in sites}
         for law in self.derived:
-            name, so_far = type(law).__name__, tuple(readings)
-            readings += self._guarded(f"monitor {name}", lambda m=law, r=so_far: m.update(step, r, by_id)) or []
+            name = type(law).__name__
+            readings += self._guarded(f"monitor {name}", law.update, step, readings, by_id) or []
         return [reading for reading in readings if self._wanted(reading.metric)]
 
     def _wanted(self, metric: str) -> bool:
@@ -154,20 +156,20 @@ class Collector:
         raised: list[Alarm] = []
         for detector in self.detectors:
             name = type(detector).__name__
-            raised += self._guarded(f"detector {name}", lambda d=detector: d.update(step, readings, sites)) or []
+            raised += self._guarded(f"detector {name}", detector.update, step, readings, sites) or []
         for sink in self.sinks:
-            self._guarded(f"sink {type(sink).__name__}", lambda s=sink: s.readings(step, readings))
+            self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:
             self.alarms.append(alarm)
-            self._guarded("writing to the store", lambda a=alarm: self.store.alarm(a))
+            self._guarded("writing to the store", self.store.alarm, alarm)
             for sink in self.sinks:
-                self._guarded(f"sink {type(sink).__name__}", lambda s=sink, a=alarm: s.alarm(a))
+                self._guarded(f"sink {type(sink).__name__}", sink.alarm, alarm)
         for alarm in raised:
             self.on_alarm(alarm)
 
-    def _guarded(self, what: str, work: Callable[[], Any]) -> Any:
+    def _guarded(self, what: str, work: Callable[..., Any], *args: Any) -> Any:
         try:
-            return work()
+            return work(*args)
         except Exception as error:
             self.fail(what, error)
             return None

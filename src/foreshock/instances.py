@@ -66,14 +66,8 @@ class Instances:
         if paths and (moved or not name):
             shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
             name = ".".join(parts[0] for parts in shared) or name
-        site = Site(
-            id=self._fresh_id(match.kind, name),
-            name=name,
-            kind=match.kind,
-            pattern=match.pattern,
-            **match.facts,
-            **weights,
-        )
+        fields: dict[str, Any] = {**match.facts, **weights}
+        site = Site(self._fresh_id(match.kind, name), name, match.kind, match.pattern, **fields)
         return Instance(site, probe, facts, match.laws, match.notes)
 
     def _rebind(self, view: WeightView, parameters: tuple[torch.Tensor, ...]) -> WeightView:

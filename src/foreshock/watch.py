@@ -77,7 +77,7 @@ class Watch:
             "every": every,
             "inner": inner if isinstance(inner, str) else None,
             "monitors": tuple(families) if families else None,
-            "baseline": None if baseline is None else tuple(map(os.fspath, [baseline] if single else baseline)),  # type: ignore[arg-type,list-item]
+            "baseline": None if baseline is None else tuple(map(os.fspath, [baseline] if single else baseline)),  # type: ignore[arg-type]
             "on_alarm": on_alarm if isinstance(on_alarm, str) else None,
             "strict": strict,
             "rows": rows,
@@ -102,7 +102,11 @@ class Watch:
         store: Store = MemoryStore() if self.settings.run is None else RunStore(self.settings.run)
         references = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors or () if not isinstance(m, str)]
-        self._state = {"bias": BiasLaw(), "spectra": Spectra(windows=self.settings.windows), "router": RouterWeights()}
+        self._state: dict[str, Any] = {
+            "bias": BiasLaw(),
+            "spectra": Spectra(windows=self.settings.windows),
+            "router": RouterWeights(),
+        }
         self.collector = Collector(
             self.instances,
             store,
