@@ -86,7 +86,8 @@ PAGE = (
 
 {% for family, panels in families %}
 <h2>{{ family|capitalize }}</h2>
-<p class="soft">One line per site, from blue at the first to red at the last; dotted is the largest head or expert, solid the mean.</p>
+<p class="soft">One line per site, from blue at the first to red at the last; dotted is the largest head or expert,
+  solid the mean.</p>
 {{ grid(panels) }}{% endfor %}
 
 <h2>Coverage</h2>

@@ -196,9 +196,10 @@ class RunStore(Tables):
 
     def _id(self, db: sqlite3.Connection, key: Key) -> int:
         if key not in self._series:
-            known = db.execute("SELECT id FROM series WHERE metric = ? AND site IS ?", key).fetchone()
-            added = known or (db.execute("INSERT INTO series (metric, site) VALUES (?, ?)", key).lastrowid,)
-            self._series[key] = added[0]
+            find = "SELECT id FROM series WHERE metric = ? AND site IS ?"  # another process may have added it
+            if db.execute(find, key).fetchone() is None:
+                db.execute("INSERT INTO series (metric, site) VALUES (?, ?)", key)
+            [self._series[key]] = db.execute(find, key).fetchone()
         return self._series[key]
 
     def _layout(self, db: sqlite3.Connection, fields: tuple[tuple[int, int], ...]) -> int:
