@@ -32,11 +32,11 @@ QUICK = Plan(steps=100, at=40, faults=("attention",))
 
 @dataclass(frozen=True)
 class Outcome:
-    """One watched run: its losses, its first alarm and the module path that the alarm points to."""
+    """One watched run: its losses and its alarms in the order in which they were heard."""
 
     losses: list[float]
-    alarm: foreshock.Alarm | None
-    site: str
+    alarms: list[foreshock.Alarm]
+    sites: dict[str, str]  # site id -> module path
 
 
 def run_demo(out: Path, quick: bool = False) -> int:
@@ -68,8 +68,8 @@ def run_demo(out: Path, quick: bool = False) -> int:
     report = out / f"{plan.faults[0]}.html"
     write_report(foreshock.open_run(out / plan.faults[0]), report)
     console.print(f"runs:   {out.resolve()}\nreport: {report.resolve()}", soft_wrap=True)
-    heard = all(_in_time(outcome.alarm, departures[name], plan.at) for name, outcome in outcomes.items())
-    return 0 if heard and healthy.alarm is None else 1
+    heard = all(_in_time(outcome.alarms, departures[name], plan.at) for name, outcome in outcomes.items())
+    return 0 if heard and not healthy.alarms else 1
 
 
 def _watched(name: str, run: Path, plan: Plan, corpus: Corpus, progress: Progress) -> Outcome:
@@ -84,23 +84,36 @@ def _watched(name: str, run: Path, plan: Plan, corpus: Corpus, progress: Progres
         result = train(
             watch.backend, steps=plan.steps, seed=SEED, fault=FAULTS[name], at=plan.at, corpus=corpus, on_step=on_step
         )
-    alarm = min(watch.alarms, key=lambda alarm: alarm.step, default=None)
-    names = {site.id: site.name for site in watch.sites}
-    return Outcome(result.losses, alarm, names.get(alarm.site or "", "whole run") if alarm else "")
+    alarms = sorted(watch.alarms, key=lambda alarm: alarm.step)
+    return Outcome(result.losses, alarms, {site.id: site.name for site in watch.sites})
 
 
-def _in_time(alarm: foreshock.Alarm | None, departed: int | None, at: int) -> bool:
-    return alarm is not None and at <= alarm.step and (departed is None or alarm.step < departed)
+def _in_time(alarms: list[foreshock.Alarm], departed: int | None, at: int) -> bool:
+    return bool(alarms) and at <= alarms[0].step and (departed is None or alarms[0].step < departed)
 
 
 def _table(healthy: Outcome, faulty: dict[str, Outcome], departures: dict[str, int | None], plan: Plan) -> Table:
-    table = Table("fault", "first alarm", "mechanism named", "site", "loss departs", "lead")
+    table = Table("fault", "alarm", "mechanism named", "site", "loss departs", "lead")
     for column in table.columns:
         column.overflow = "fold"
     for name, outcome in {"none (healthy)": healthy, **faulty}.items():
-        alarm, departed = outcome.alarm, departures.get(name)
-        found = (f"step {alarm.step}", alarm.mechanism, outcome.site) if alarm else ("no alarm", "", "")
+        departed = departures.get(name)
         left = f"step {departed}" if departed is not None else f"not within {plan.steps} steps"
-        lead = f"{departed - alarm.step} steps" if alarm and departed is not None else ""
-        table.add_row(name, *found, "" if outcome is healthy else left, lead)
+        heard = _first_of_each_mechanism(outcome.alarms)
+        table.add_row(
+            name,
+            "\n".join(f"step {alarm.step}" for alarm in heard) or "no alarm",
+            "\n".join(alarm.mechanism for alarm in heard),
+            "\n".join(outcome.sites.get(alarm.site or "", "whole run") for alarm in heard),
+            "" if outcome is healthy else left,
+            f"{departed - heard[0].step} steps" if heard and departed is not None else "",
+            end_section=True,
+        )
     return table
+
+
+def _first_of_each_mechanism(alarms: list[foreshock.Alarm]) -> list[foreshock.Alarm]:
+    first: dict[str, foreshock.Alarm] = {}
+    for alarm in alarms:
+        first.setdefault(alarm.mechanism, alarm)
+    return list(first.values())
