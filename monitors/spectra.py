@@ -101,7 +101,7 @@ def _snapshot(views: Mapping[str, tuple[WeightView, WeightView]]) -> tuple[dict[
     for site, (q, k) in views.items():
         if q.resolve() is None or k.resolve() is None:
             continue
-        key = tuple((id(view.resolve()), view.axis, view.index.tobytes(), view.head_map) for view in (q, k))
+        key = tuple((id(view.resolve()), view.axis, view.index.tobytes()) for view in (q, k))
         if key in first:
             twins[first[key]].append(site)
             continue
@@ -121,7 +121,9 @@ def _by_shape(
         if old is None or old.q.shape != factors.q.shape or old.k.shape != factors.k.shape:
             continue
         q, k = views[name]
-        groups.setdefault((factors.q.shape, factors.k.shape, q.head_map, k.head_map, factors.q.device), []).append(name)
+        heads = max(len(q.head_map), len(k.head_map))
+        maps = (q.read_by(heads), k.read_by(heads))
+        groups.setdefault((factors.q.shape, factors.k.shape, *maps, factors.q.device), []).append(name)
     measured = []
     for key, names in groups.items():
         q_now, q_base, k_now, k_base = (

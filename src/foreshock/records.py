@@ -42,44 +42,44 @@ class WeightView:
     """How to read one head's ``[hidden, head_dim]`` factor out of a parameter.
 
     ``index[h, j]`` is the position, along ``axis`` of the parameter, of channel ``j`` of head ``h``: it covers separate,
-    fused, interleaved and transposed projections alike. Heads that share a factor (grouped-query keys) repeat rows only
-    in ``head_map``: head ``h`` reads group ``head_map[h]`` of ``index``.
+    fused, interleaved and transposed projections alike. Heads are distinct: under grouped-query attention a key weight has
+    as many heads as there are key/value heads. ``head_map`` says which of them each head of the tensor at the kernel reads.
     """
 
     names: tuple[str, ...]
-    index: Array  # int64 [groups, head_dim]
+    index: Array  # int64 [heads, head_dim]
     axis: int
     head_map: tuple[int, ...]
     parameter: weakref.ref[torch.Tensor] | None = None
     scale: tuple[str, Array, float] | None = (
-        None  # (parameter name, int64 [groups, head_dim], offset): factor * (p + offset)
+        None  # (parameter name, int64 [heads, head_dim], offset): factor * (p + offset)
     )
     scale_parameter: weakref.ref[torch.Tensor] | None = None
 
     @property
     def heads(self) -> int:
-        """Number of heads that can be asked of `factor`."""
-        return len(self.head_map)
-
-    @property
-    def groups(self) -> int:
-        """Number of distinct factors (key/value heads under grouped-query attention)."""
+        """Number of distinct heads that can be asked of `factor`."""
         return int(self.index.shape[0])
+
+    def read_by(self, query_heads: int) -> tuple[int, ...]:
+        """Which head of this weight each of ``query_heads`` query heads meets."""
+        at_kernel = len(self.head_map)
+        return tuple(self.head_map[head * at_kernel // query_heads] for head in range(query_heads))
 
     def resolve(self) -> torch.Tensor | None:
         """The live parameter, or None once it is gone."""
         return self.parameter() if self.parameter is not None else None
 
     def factors(self) -> torch.Tensor:
-        """All distinct factors, ``[groups, hidden, head_dim]``, in the parameter's dtype, detached."""
+        """All factors, ``[heads, hidden, head_dim]``, in the parameter's dtype, detached."""
         weight = self.resolve()
         if weight is None:
             raise LookupError(f"reading the weight {', '.join(self.names)}: the parameter no longer exists")
         weight = weight.detach()
-        groups, head_dim = self.index.shape
+        heads, head_dim = self.index.shape
         rows = weight.index_select(self.axis, torch.as_tensor(self.index.reshape(-1), device=weight.device))
         rows = rows if self.axis == 0 else rows.T
-        factors = rows.reshape(groups, head_dim, -1).transpose(1, 2)
+        factors = rows.reshape(heads, head_dim, -1).transpose(1, 2)
         scale = self.scale_parameter() if self.scale_parameter is not None else None
         if scale is None or self.scale is None:
             return factors
@@ -89,10 +89,10 @@ class WeightView:
 
     def factor(self, head: int) -> torch.Tensor:
         """Head ``head``'s factor, ``[hidden, head_dim]``, so that ``x @ factor`` is the head's projection of ``x``."""
-        return self.factors()[self.head_map[head]]
+        return self.factors()[head]
 
     def to_json(self) -> dict[str, Any]:
-        return {"names": list(self.names), "axis": self.axis, "groups": self.groups, "heads": self.heads}
+        return {"names": list(self.names), "axis": self.axis, "heads": self.heads}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ class Site:
         for role in ("q_weight", "k_weight", "weight"):
             view = values.get(role)
             if view is not None:
-                empty = np.zeros((view["groups"], 0), dtype=np.int64)
+                empty = np.zeros((view["heads"], 0), dtype=np.int64)
                 values[role] = WeightView(tuple(view["names"]), empty, view["axis"], tuple(range(view["heads"])))
         return cls(**values)
 
