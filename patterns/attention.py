@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from foreshock.errors import PatternError
@@ -224,13 +223,3 @@ def _laws(view: GraphView, roles: Mapping[str, Node], drops: bool) -> dict[str, 
     elif "mask" in roles:
         laws["law/value_mass"] = "a mask may empty whole rows"
     return laws
-
-
-def check_described(name: str) -> None:
-    """Raise a `PatternError` unless ``name`` is an op that this process knows."""
-    namespace, _, rest = name.partition("::")
-    if not hasattr(getattr(torch.ops, namespace), rest.split(".")[0]):
-        raise PatternError(f"describing {name}: no such op is registered; import the library that defines it first")
-
-
-__all__ = ["LAWS", "SDPA", "attention_op", "check_described", "described_by_schema"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from foreshock.errors import PatternError
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import args, argument, op, shape, tensor
 from foreshock.patterns.pattern import Match, Miss, Pattern
@@ -100,6 +101,48 @@ def _not_dispatch(view: GraphView, node: Node) -> str:
 
 
 ROUTER = Pattern("router", frozenset({"topk"}), _match_topk)
+
+
+def router_op(
+    name: str, *, logits: int | str = 0, indices: int = 1, scoring: str = "softmax", top_k: int | None = None
+) -> Pattern:
+    """A pattern for an opaque router kernel, ``"namespace::name"``.
+
+    ``logits`` says which argument (position or name) is ``[..., E]``; ``indices`` which result holds the chosen experts,
+    ``[..., k]``; ``scoring`` ("softmax" or "sigmoid") how probabilities come from logits.
+    """
+    if "::" not in name:
+        raise PatternError(f"describing {name!r}: give the op's qualified name, 'namespace::name'")
+    if scoring not in _SCORINGS:
+        raise PatternError(f"describing {name}: scoring is {scoring!r}; give one of {', '.join(_SCORINGS)}")
+
+    def match(view: GraphView, node: Node) -> Match | Miss:
+        source = argument(node, 10**6, logits) if isinstance(logits, str) else args(node)[logits]
+        chosen = next((u for u in node.users if op(u) == "getitem" and args(u)[1] == indices), None)
+        sizes, picked = shape(source), shape(chosen)
+        if not sizes or not picked or not isinstance(source, Node) or chosen is None:
+            return Miss(node, "its logits or its chosen indices are no tensors of the graph")
+        origin = trace_features(view, source)
+        notes = () if origin else (f"the logits were not traced to a weight: {getattr(origin, 'reason', '')}",)
+        weight = weight_view(view, origin)
+        return Match(
+            kind="router",
+            pattern=name,
+            anchor=node,
+            roles={"logits": source, "scores": source, "indices": chosen},
+            tapped="logits",
+            facts={
+                "experts": sizes[-1],
+                "top_k": top_k or picked[-1],
+                "scoring": scoring,
+                "dtype": str(getattr(tensor(source), "dtype", "float32")).removeprefix("torch."),
+            },
+            weights={"weight": weight} if weight is not None else {},
+            sources={"weight": origin.sources} if isinstance(origin, Origin) else {},
+            notes=notes,
+        )
+
+    return Pattern(name, frozenset({name}), match)
 
 
 def last_per_weight(matches: list[Match]) -> list[Match]:
