@@ -11,7 +11,7 @@ import numpy as np
 from foreshock.errors import ConfigError
 from foreshock.monitors.cusum import Cusum
 from foreshock.monitors.finding import Finding
-from foreshock.monitors.forecast import Forecast
+from foreshock.monitors.forecast import Forecast, median
 from foreshock.monitors.policy import SPACING, TRENDS, WARMUP_SAMPLES, Trend
 from foreshock.records import Array, Reading, Site
 
@@ -20,7 +20,7 @@ LIMIT = 7.0  # sigma: with the clip at 6 and the slack at 1.5, three samples far
 EFFECT = (
     4.0  # the policy's smallest change that matters counts as at most so many sigma: smaller ones stay below the slack
 )
-FOLDS: dict[str, Callable[[Array], Any]] = {"mean": np.nanmean, "max": np.nanmax, "min": np.nanmin}
+FOLDS: dict[str, Callable[[Array], Any]] = {"mean": np.mean, "max": np.max, "min": np.min}
 
 
 class Run(Protocol):
@@ -37,6 +37,7 @@ class Columns:
     def __init__(self, trends: Sequence[Trend]) -> None:
         self.trends = trends
         self.keys: list[tuple[int, str | None]] = []
+        self.places: list[tuple[int, int]] = []  # trend, and the how-manieth series of that trend
         self._column: dict[tuple[int, str | None], int] = {}
         self._wanted: dict[str, list[int]] = {}
         for position, trend in enumerate(trends):
@@ -49,26 +50,33 @@ class Columns:
             for position in self._wanted.get(reading.metric, ()):
                 key = (position, reading.site)
                 if key not in self._column:
-                    self._column[key] = len(self.keys)
-                    self.keys.append(key)
+                    self._add(key)
                 found[self._column[key]] = fold(self.trends[position], reading.values)
         rows = np.full((3, len(self.keys)), np.nan)
         for column, triple in found.items():
             rows[:, column] = triple
         return rows[0], rows[1], np.nan_to_num(rows[2], nan=-1).astype(int)
 
+    def _add(self, key: tuple[int, str | None]) -> None:
+        self._column[key] = len(self.keys)
+        self.keys.append(key)
+        self.places.append((key[0], sum(position == key[0] for position, _ in self.places)))
+
     def restore(self, keys: Sequence[tuple[int, str | None]]) -> None:
-        self.keys = [(position, site) for position, site in keys]
-        self._column = {key: column for column, key in enumerate(self.keys)}
+        """Start again with these columns."""
+        self.keys, self.places, self._column = [], [], {}
+        for key in keys:
+            self._add(key)
 
 
 def fold(trend: Trend, values: Array) -> tuple[float, float, int]:
     """One series' value on its scale, its raw value and its worst index; non-finite values become NaN."""
-    finite = np.where(np.isfinite(values), values, np.nan)
-    if np.isnan(finite).all():
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         return math.nan, math.nan, -1
     raw = float(FOLDS[trend.fold](finite))
-    worst = int(np.nanargmin(finite) if trend.directions == (-1,) else np.nanargmax(finite))
+    sign = -1 if trend.directions == (-1,) else 1
+    worst = int(np.where(np.isfinite(values), sign * values, -math.inf).argmax())
     scaled = raw if trend.scale == "linear" else math.log(raw) if raw > 0 else math.nan
     return scaled, raw, worst if len(values) > 1 else -1
 
@@ -123,7 +131,7 @@ class Drift:
 
     def _warming(self, step: int, readings: Sequence[Reading]) -> bool:
         """Whether the first rise of the learning rate, and the bend of the curves after it, is still going on."""
-        rate = next((float(reading.values[0]) for reading in readings if reading.metric == "optim/lr"), None)
+        rate = next((float(reading.values.max()) for reading in readings if reading.metric == "optim/lr"), None)
         if step < self.warmup or (rate is not None and rate > self._rate and self._settling == WARMUP_SAMPLES):
             self._rate = self._rate if rate is None else rate
             return True
@@ -132,13 +140,10 @@ class Drift:
 
     def _shared(self, spread: Array) -> Array:
         """A spread below half of its kind's median over the sites is luck: it is raised to that."""
-        shared = spread.copy()
-        kinds = np.array([position for position, _ in self.columns.keys])
-        for kind in np.unique(kinds):
-            members = spread[kinds == kind]
-            if np.isfinite(members).any():
-                shared[kinds == kind] = np.fmax(members, 0.5 * np.nanmedian(members))
-        return shared
+        kinds, ranks = np.array(self.columns.places).T
+        table = np.full((ranks.max() + 1, len(self.trends)), np.nan)
+        table[ranks, kinds] = spread
+        return np.fmax(spread, 0.5 * median(table)[kinds])
 
     def _findings(
         self, step: int, cusum: Cusum, limit: float, raw: Array, expected: Array, worst: Array, against: str

@@ -37,7 +37,10 @@ def trained():
         """Readings, derived readings and law findings of 30 more steps under one rounding."""
         model.load_state_dict(start)
         torch.manual_seed(2)
-        sites = {f"a{i}": Site(f"a{i}", f"layer {i}", "attention", "test", heads=4, kv_heads=4, dtype="bfloat16") for i in (0, 1)}
+        sites = {
+            f"a{i}": Site(f"a{i}", f"layer {i}", "attention", "test", heads=4, kv_heads=4, dtype="bfloat16")
+            for i in (0, 1)
+        }
         law, test = BiasLaw(window=STEPS), LawTest()
         derived, findings = [], []
 
@@ -81,7 +84,9 @@ def test_one_sided_rounding_is_found_with_its_sign_and_size(trained, rounding, s
     assert {f.site for f in findings if f.metric.startswith("law/bias")} == {"a0", "a1"}
 
 
-@pytest.mark.parametrize("rounding", [(7, "nearest", 7, "nearest"), (7, "stochastic", 7, "nearest"), (23, "nearest", 23, "nearest")])
+@pytest.mark.parametrize(
+    "rounding", [(7, "nearest", 7, "nearest"), (7, "stochastic", 7, "nearest"), (23, "nearest", 23, "nearest")]
+)
 def test_unbiased_rounding_is_silent(trained, rounding) -> None:
     derived, findings = trained(rounding)
     for site in ("a0", "a1"):
@@ -122,7 +127,10 @@ def test_one_overwhelming_sample_is_no_certainty() -> None:
 def test_bias_needs_eight_samples_skips_non_finite_ones_and_resumes() -> None:
     def readings(step: int) -> list[Reading]:
         num = np.array([1.0, 2.0]) + step % 3
-        return [Reading("law/bias_num", "a", num if step != 4 else num * np.nan), Reading("law/bias_den", "a", np.full(2, 10.0))]
+        return [
+            Reading("law/bias_num", "a", num if step != 4 else num * np.nan),
+            Reading("law/bias_den", "a", np.full(2, 10.0)),
+        ]
 
     law, resumed = BiasLaw(), BiasLaw()
     spoke = [step for step in range(12) if law.update(step, readings(step), {})]

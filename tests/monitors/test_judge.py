@@ -1,0 +1,233 @@
+"""From readings to alarms: which mechanism, how often, since when, and what never."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import numpy as np
+import pytest
+from foreshock.errors import ConfigError
+from foreshock.monitors import (
+    METRICS,
+    ConsoleSink,
+    Detector,
+    Finding,
+    Judge,
+    Monitor,
+    RouterWeights,
+    Sink,
+    Spectra,
+    family,
+    metric,
+)
+from foreshock.monitors.detectors import LawTest, Limits
+from foreshock.monitors.diagnosis import TABLE
+from foreshock.monitors.drift import Drift
+from foreshock.records import Alarm, Reading, Site
+
+SITES = {
+    "a0": Site("a0", "layers.0.attn", "attention", "test", heads=4, kv_heads=4, dtype="bfloat16"),
+    "a1": Site("a1", "layers.1.attn", "attention", "test", heads=4, kv_heads=4, dtype="bfloat16"),
+    "r0": Site("r0", "layers.0.router", "router", "test", experts=4, top_k=2),
+}
+HEALTHY = {
+    ("law/key_shift", "a0"): 0.004,
+    ("law/key_shift", "a1"): 0.004,
+    ("attention/delta2_norm", "a0"): 0.15,
+    ("attention/delta2_norm", "a1"): 0.15,
+    ("attention/logit_max", "a0"): 8.0,
+    ("attention/logit_max", "a1"): 8.0,
+    ("router/entropy_norm", "r0"): 0.8,
+    ("router/load", "r0"): 0.25,
+    ("router/dead_experts", "r0"): 0.0,
+    ("optim/lr", None): 1e-3,
+    ("run/loss", None): 2.0,
+}
+
+
+class Stream:
+    """A healthy run with 2 % noise, whose series ``change`` from sample 60 on."""
+
+    def __init__(self, seed: int = 0, **judge) -> None:
+        self.rng, self.judge, self.n = np.random.default_rng(seed), Judge(**judge), 0
+
+    def readings(self, change) -> list[Reading]:
+        found = []
+        for (name, site), level in HEALTHY.items():
+            values = level * (
+                1 + 0.02 * self.rng.standard_normal(1 if site in ("r0", None) and name != "router/load" else 4)
+            )
+            values = np.full(1, level) if name in ("optim/lr", "router/dead_experts") else values
+            found.append(Reading(name, site, change(name, site, values.copy(), self.n)))
+        return found
+
+    def run(self, samples: int, change=lambda name, site, values, n: values) -> list[Alarm]:
+        alarms = []
+        for _ in range(samples):
+            alarms += self.judge.update(10 * self.n, self.readings(change), SITES)
+            self.n += 1
+        return alarms
+
+
+def scaled(*names: str, by: float, site: str | None = "any", start: int = 60, stop: int = 10**9):
+    def change(name, where, values, n):
+        hit = name in names and site in ("any", where) and start <= n < stop
+        return values * by if hit else values
+
+    return change
+
+
+def test_a_healthy_run_is_silent() -> None:
+    assert Stream().run(200) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "mechanism", "site"),
+    [
+        (scaled("law/key_shift", by=100, site="a1"), "wrong attention backward", "a1"),
+        (scaled("attention/delta2_norm", by=3), "learning rate too large", None),
+        (scaled("attention/logit_max", by=2.5, site="a0"), "attention-logit growth", "a0"),
+        (scaled("attention/logit_max", by=14, site="a0"), "attention-logit growth", "a0"),
+        (scaled("router/entropy_norm", by=0.6), "router collapse", "r0"),
+        (scaled("router/load", by=2), "load-balance fault", "r0"),
+        (scaled("run/loss", by=1.6), "data fault", None),
+        (scaled("run/loss", by=math.nan), "non-finite values", None),
+        (scaled("router/entropy_norm", by=1.2), "unknown", "r0"),
+    ],
+)
+def test_each_signature_gets_its_name_once(change, mechanism, site) -> None:
+    alarms = Stream().run(90, change)
+    assert [a.mechanism for a in alarms][:1] == [mechanism]
+    assert len([a for a in alarms if a.severity == alarms[0].severity]) == 1
+    (first, *_) = alarms
+    assert site in (None, first.site)
+    assert first.onset == 600
+    assert first.step >= first.onset
+    assert first.evidence
+    assert first.mechanism in first.message
+    assert Alarm.from_json(json.loads(json.dumps(first.to_json()))) == first or math.isnan(first.value)
+
+
+def test_a_broken_law_is_a_kernel_fault_whatever_the_learning_rate_does() -> None:
+    def change(name, site, values, n):
+        if n < 60:
+            return values
+        gain = {"law/key_shift": 100, "optim/lr": 10, "attention/delta2_norm": 4, "attention/logit_max": 3}
+        return values * gain.get(name, 1)
+
+    alarms = Stream().run(90, change)
+    assert {a.mechanism for a in alarms} == {"wrong attention backward"}
+    assert {a.site for a in alarms} == {"a0", "a1"}
+    assert {a.step for a in alarms} == {600}
+
+
+def test_a_learning_rate_that_rises_is_blamed_and_no_law_fires() -> None:
+    alarms = Stream().run(90, scaled("optim/lr", "attention/delta2_norm", "attention/logit_max", by=3))
+    assert [a.mechanism for a in alarms] == ["learning rate too large"]
+    assert any("optim/lr rose to 3 times" in line for line in alarms[0].evidence)
+
+
+def test_a_biased_rounding_is_named_with_its_head() -> None:
+    def change(name, site, values, n):
+        return values
+
+    stream = Stream()
+    stream.run(60, change)
+    t = np.array([3.0, 40.0, 8.0, -2.0])
+    pooled = [Reading("law/bias", "a0", np.array([1e-4, 2.8e-3, 1.2e-3, -1e-4])), Reading("law/bias_t", "a0", t)]
+    (alarm,) = stream.judge.update(600, stream.readings(change) + pooled, SITES)
+    assert (alarm.mechanism, alarm.head, alarm.metric) == ("low-precision attention kernel", 1, "law/bias")
+    assert alarm.severity == "critical"
+    assert "t = 40.0" in alarm.message
+
+
+def test_an_alarm_speaks_again_after_it_cleared_and_when_the_loss_leaves() -> None:
+    stream = Stream()
+    assert len(stream.run(70, scaled("law/key_shift", by=100, site="a1", stop=63))) == 1
+    assert stream.run(30) == []
+    assert len(stream.run(3, scaled("law/key_shift", by=100, site="a1"))) == 1
+
+    both = Stream(seed=1)
+    change = scaled("router/entropy_norm", by=0.6)
+    late = scaled("run/loss", by=1.6, start=68)
+    alarms = both.run(90, lambda name, site, values, n: late(name, site, change(name, site, values, n), n))
+    assert [(a.mechanism, a.severity) for a in alarms] == [
+        ("router collapse", "warning"),
+        ("router collapse", "critical"),
+    ]
+
+
+def test_dead_experts_must_stay_dead() -> None:
+    def dying(until):
+        return lambda name, site, values, n: values + 1 if name == "router/dead_experts" and 60 <= n < until else values
+
+    assert Stream().run(90, dying(64)) == []
+    (alarm,) = Stream().run(90, dying(90))
+    assert (alarm.step, alarm.onset) == (640, 600)
+
+
+def test_a_judge_resumes_where_it_stopped() -> None:
+    change = scaled("router/entropy_norm", by=0.6)
+    whole = Stream(seed=3)
+    expected = whole.run(90, change)
+    first, second = Stream(seed=3), Stream(seed=3)
+    heard = first.run(62, change)
+    second.judge.load_state_dict(json.loads(json.dumps(first.judge.state_dict())))
+    second.n, second.rng = first.n, first.rng
+    assert heard + second.run(28, change) == expected
+
+
+class Once:
+    """A user's detector."""
+
+    def update(self, step, readings, sites):
+        return [Finding(step, step, "r0", "mine/metric", 1.0, "less", +1, 2.0)] if step >= 300 else []
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_a_users_detector_is_heard_as_unknown() -> None:
+    (alarm,) = Stream(detectors=[Once()]).run(50)
+    assert (alarm.mechanism, alarm.metric, alarm.site) == ("unknown", "mine/metric", "r0")
+
+
+def test_the_contracts_hold() -> None:
+    for detector in (Limits(), LawTest(), Drift(), Once()):
+        assert isinstance(detector, Detector)
+        assert detector.update(0, [], {}) == []
+        detector.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+    assert all(isinstance(monitor, Monitor) for monitor in (Spectra(), RouterWeights()))
+    assert isinstance(ConsoleSink(), Sink)
+    assert all(row.says and row.advice for row in TABLE)
+
+
+def test_kernel_dtype_overrides_the_dtype_at_the_boundary() -> None:
+    site = {"a": Site("a", "a", "attention", "test", dtype="float32")}
+    readings = [Reading("law/key_shift", "a", np.full(4, 0.005))]
+    assert [f.score > 1 for _ in range(3) for f in LawTest("bfloat16").update(0, readings, site)] == []
+    assert len(LawTest().update(0, readings, site)) == 1
+
+
+def test_a_metric_is_found_by_name_and_a_wrong_one_gets_close_names() -> None:
+    assert metric("attention/delta2_norm@50").name == "attention/delta2_norm"
+    assert [family(name) for name in ("law/bias", "attention/sink", "attention/dwk_norm", "router/z", "optim/lr", "run/loss")] == [
+        "laws", "attention", "spectra", "router", "optim", "run",
+    ]  # fmt: skip
+    assert len({entry.name for entry in METRICS}) == len(METRICS)
+    with pytest.raises(ConfigError, match="router/entropy"):
+        metric("router/entropie")
+
+
+def test_the_console_sink_logs_one_line_an_alarm(caplog) -> None:
+    (first, *_) = Stream().run(90, scaled("law/key_shift", by=100, site="a1"))
+    with caplog.at_level(logging.WARNING, logger="foreshock"):
+        ConsoleSink().alarm(first)
+    (record,) = caplog.records
+    assert record.levelno == logging.CRITICAL
+    assert "layers.1.attn" in record.getMessage()
