@@ -143,7 +143,8 @@ class Drift:
         kinds, ranks = np.array(self.columns.places).T
         table = np.full((ranks.max() + 1, len(self.trends)), np.nan)
         table[ranks, kinds] = spread
-        return np.fmax(spread, 0.5 * median(table)[kinds])
+        raised: Array = np.fmax(spread, 0.5 * median(table)[kinds])
+        return raised
 
     def _findings(
         self, step: int, cusum: Cusum, limit: float, raw: Array, expected: Array, worst: Array, against: str

@@ -14,7 +14,7 @@ import unittest
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 MODES = ("nearest", "stochastic", "away", "truncate")
 
@@ -122,7 +122,7 @@ def train(model: nn.Module, steps: int, text: Tensor, generator: torch.Generator
         window = text[starts + torch.arange(65)]
         logits = model(window[:, :-1])
         optimizer.zero_grad()
-        F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()).backward()
+        functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50)
         optimizer.step()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from foreshock.errors import ConfigError
 from foreshock.monitors import BiasLaw, floor
 from foreshock.monitors.detectors import LawTest

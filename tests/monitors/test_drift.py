@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 import pytest
+
 from foreshock.monitors.cusum import CLIP, SLACK, Cusum
 from foreshock.monitors.drift import Drift
 from foreshock.monitors.finding import Detector

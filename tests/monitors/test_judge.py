@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+
 from foreshock.errors import ConfigError
 from foreshock.monitors import (
     METRICS,

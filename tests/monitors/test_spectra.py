@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+
 from foreshock.monitors import RouterWeights, Spectra
 from foreshock.monitors.metrics import STATISTICS, metric
 from foreshock.monitors.spectra import UPDATE_RATIO
