@@ -86,6 +86,10 @@ def _lr_risen(findings: Sequence[Finding], context: Context) -> bool:
     return context.lr_rise >= LR_RISEN
 
 
+def _lr_reached_attention(findings: Sequence[Finding], context: Context) -> bool:
+    return _lr_risen(findings, context) and any(symptom(f) in (*QK, "attention/logit_max+") for f in findings)
+
+
 def _widespread(findings: Sequence[Finding], context: Context) -> bool:
     moved = [finding for finding in findings if finding.metric == "attention/delta2_norm"]
     return context.share(moved, "attention") >= SPREAD
@@ -112,10 +116,13 @@ TABLE: tuple[Row, ...] = (
     Row("learning rate too large", (*QK, "attention/logit_max+", *ROUTER, *LATE), (*ATTENTION, *ROUTER, *LOAD, *LATE),
          "run", "warning",
         "the learning rate rose and the mechanisms followed",
-        "Undo the rise; go back to a checkpoint from before the onset if the loss has moved.", _lr_risen),
+        "Undo the rise; go back to a checkpoint from before the onset if the loss has moved.", _lr_reached_attention),
     Row("learning rate too large", ("attention/delta2_norm+",), (*ATTENTION, *ROUTER, *LOAD, *LATE), "run", "warning",
         "query and key updates grow in most layers at once while every kernel law holds",
         "Look at the learning rate of the query and key weights and at gradient clipping.", _widespread),
+    Row("router learning rate too large", ROUTER, (*ROUTER, *LOAD, *LATE), "site", "warning",
+        "a learning rate rose and the router followed while attention is quiet",
+        "Undo the rise for the router's weights, or add a router z-loss.", _lr_risen),
     Row("load-balance fault", (*LOAD, *ROUTER), (*ROUTER, *LOAD, *LATE), "site", "warning",
         "the experts' load became uneven before the router's own shape changed",
         "Check the sign and size of the balancing loss or of the selection-bias update.", _load_first),

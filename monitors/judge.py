@@ -133,7 +133,7 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context) -> A
     lead, row = diagnosis.findings[0], diagnosis.row
     onset = min(finding.onset for finding in diagnosis.findings if finding.score >= 1)
     evidence = [describe(finding, context.sites) for finding in diagnosis.findings]
-    if row.mechanism == "learning rate too large" and context.lr_rise > 1:
+    if "learning rate" in row.mechanism and context.lr_rise > 1:
         evidence.append(f"optim/lr rose to {context.lr_rise:.3g} times its lowest since the warm-up")
     message = f"{row.mechanism} at {_where(lead, context.sites)}: {row.says}. {evidence[0]}. {row.advice}"
     axis = _axis(lead.metric)

@@ -57,9 +57,11 @@ TRENDS: tuple[Trend, ...] = (
 
 LIMITS: tuple[Limit, ...] = (
     Limit("attention/nonfinite", 0, 1, "NaN or infinity at the kernel's boundary is a fault at once"),
+    Limit("router/nonfinite", 0, 1, "the same at a router"),
+    Limit("router/grad_nonfinite", 0, 3, "as for attention/grad_nonfinite"),
     Limit("attention/grad_nonfinite", 0, 3, "a loss scaler overflows single steps on purpose, not three in a row"),
     Limit("attention/logit_max", 100, 2, "[K]: clipping threshold; one sample may be an outlier token", settled=True),
-    Limit("router/dead_experts", 0.5, 5, "[B]: an expert below a tenth of its share, and it stays there", settled=True),
+    Limit("router/dead_experts", 0, 5, "[B]: an expert below a tenth of its share, and it stays there", settled=True),
 )
 
 # Scalars whose own value must be finite: samples in a row, and why not one.
