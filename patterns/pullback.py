@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.fx import Node
 
-from foreshock.patterns.ops import args, argument, op, shape
+from foreshock.patterns.ops import args, argument, op, shape, tensor
 
 Coordinates = npt.NDArray[np.int64]  # [elements, axes]
 
@@ -140,7 +140,7 @@ class Pull:
         tensors = [x for x in argument(node, 0, "tensors") if shape(x) is not None]
         if name == "cat":
             tensors = [x for x in tensors if len(shape(x) or ()) == c.shape[1]]
-        axis = argument(node, 1, "dim", 0) % c.shape[1]
+        axis = argument(node, 1, "dim", 0) % (_axes(tensors[0]) + (name == "stack"))
         sizes = [1 if name == "stack" else (shape(x) or ())[axis] for x in tensors]
         ends = np.cumsum(sizes)
         which = np.searchsorted(ends, c[:, axis], side="right")
@@ -162,8 +162,7 @@ class Pull:
         merged = np.empty((len(c), first.coordinates.shape[1]), dtype=np.int64)
         for part, trail in trails.items():
             merged[which == part] = trail.coordinates
-        scales = first.scales if len(trails) == 1 else ()
-        return replace(first, coordinates=merged, scales=scales)
+        return replace(first, coordinates=merged, scales=_merged_scales(which, trails))
 
     def _piece(self, node: Node, c: Coordinates) -> Trail | None:
         """getitem(i) of split, chunk or unbind."""
@@ -174,26 +173,61 @@ class Pull:
             not isinstance(source, Node)
             or whole is None
             or not isinstance(index, int)
-            or name not in ("split", "chunk", "unbind")
+            or name not in ("split", "chunk", "tensor_split", "unbind")
         ):
             self._stop(node, f"piece of `{name}` is not followed")
             return None
         if name == "unbind":
-            axis = argument(source, 1, "dim", 0) % len(whole)
+            axis = argument(source, 1, "dim", 0) % _axes(args(source)[0])
             return self(args(source)[0], np.insert(c, axis, index % whole[axis], axis=1))
-        axis = argument(source, 2, "dim", 0) % len(whole)
-        how = argument(source, 1, "split_size_or_sections", None)
-        how = argument(source, 1, "chunks", how) if name == "chunk" else argument(source, 1, "split_size", how)
-        if isinstance(how, list | tuple):
-            start = sum(int(size) for size in how[: index % len(how)])
-        elif isinstance(how, int):
-            step = how if name == "split" else -(-whole[axis] // how)
-            start = (index if index >= 0 else -(-whole[axis] // step) + index) * step
-        else:
+        axis = argument(source, 2, "dim", 0) % _axes(args(source)[0])
+        how = next((source.kwargs[key] for key in _HOW if key in source.kwargs), None)
+        start = _start(name, argument(source, 1, "", how), index, whole[axis])
+        if start is None:
+            self._stop(node, f"piece of `{name}` with these arguments is not followed")
             return None
         moved = c.copy()
         moved[:, axis] += start
         return self(args(source)[0], moved)
+
+
+_HOW = ("split_size_or_sections", "split_size", "chunks", "indices_or_sections", "indices", "sections")
+
+
+def _start(name: str, how: Any, index: int, length: int) -> int | None:
+    """Where piece ``index`` of an axis of ``length`` begins that was cut by ``name`` with argument ``how``."""
+    if isinstance(how, list | tuple) and all(isinstance(part, int) for part in how):
+        if name == "tensor_split":
+            ends = [0, *(slice(part).indices(length)[1] for part in how)]
+            return ends[index % len(ends)]
+        return sum(how[: index % len(how)])
+    if not isinstance(how, int):
+        return None
+    if name == "tensor_split":
+        piece = index % how
+        return piece * (length // how) + min(piece, length % how)
+    step = how if name == "split" else -(-length // how)
+    return (index if index >= 0 else -(-length // step) + index) * step
+
+
+def _merged_scales(which: Coordinates, trails: Mapping[int, Trail]) -> tuple[tuple[Node, Coordinates, float], ...]:
+    """The scales of joined parts: kept where every part was multiplied by the same parameters."""
+    parts = list(trails.values())
+    if len({tuple((scale, offset) for scale, _, offset in trail.scales) for trail in parts}) != 1:
+        return ()
+    merged = []
+    for i, (scale, first, offset) in enumerate(parts[0].scales):
+        positions = np.empty((len(which), first.shape[1]), dtype=np.int64)
+        for part, trail in trails.items():
+            positions[which == part] = trail.scales[i][1]
+        merged.append((scale, positions, offset))
+    return tuple(merged)
+
+
+def _axes(node: Any) -> int:
+    """Axes as PyTorch counts them: the last coordinate of a complex element, its real or imaginary part, is none."""
+    found = tensor(node)
+    return 0 if found is None else found.dim()
 
 
 def _broadcast(c: Coordinates, sizes: tuple[int, ...]) -> Coordinates:
@@ -222,8 +256,8 @@ def _permute_by(order: list[int], c: Coordinates) -> Coordinates:
 
 
 def _transpose(node: Node, c: Coordinates) -> Coordinates:
-    axes = c.shape[1]
-    order = list(range(axes))
+    axes = _axes(node)
+    order = list(range(c.shape[1]))
     first, second = argument(node, 1, "dim0") % axes, argument(node, 2, "dim1") % axes
     order[first], order[second] = order[second], order[first]
     return _permute_by(order, c)
@@ -232,12 +266,13 @@ def _transpose(node: Node, c: Coordinates) -> Coordinates:
 def _permute(node: Node, c: Coordinates) -> Coordinates:
     dims = argument(node, 1, "dims")
     dims = dims if isinstance(dims, list | tuple) else args(node)[1:]
-    return _permute_by([int(dim) % c.shape[1] for dim in dims], c)
+    axes = _axes(node)
+    return _permute_by([*(int(dim) % axes for dim in dims), *range(axes, c.shape[1])], c)
 
 
 def _matrix_transpose(node: Node, c: Coordinates) -> Coordinates:
-    order = list(range(c.shape[1]))
-    order[-2:] = order[-2:][::-1]
+    order, axes = list(range(c.shape[1])), _axes(node)
+    order[max(axes - 2, 0) : axes] = order[max(axes - 2, 0) : axes][::-1]
     return _permute_by(order, c)
 
 
@@ -251,7 +286,7 @@ def _repeat_interleave(node: Node, c: Coordinates) -> Coordinates | None:
     if not isinstance(repeats, int) or axis is None:
         return None
     moved = c.copy()
-    moved[:, axis % c.shape[1]] //= repeats
+    moved[:, axis % _axes(node)] //= repeats
     return moved
 
 
@@ -266,7 +301,8 @@ def _select(node: Node, c: Coordinates) -> Coordinates | None:
     source, axis, index = shape(args(node)[0]), argument(node, 1, "dim"), argument(node, 2, "index")
     if source is None or not isinstance(index, int):
         return None
-    return np.insert(c, axis % len(source), index % source[axis], axis=1)
+    axis %= _axes(args(node)[0])
+    return np.insert(c, axis, index % source[axis], axis=1)
 
 
 def _narrow(node: Node, c: Coordinates) -> Coordinates | None:
@@ -274,7 +310,7 @@ def _narrow(node: Node, c: Coordinates) -> Coordinates | None:
     if not isinstance(start, int):
         return None
     moved = c.copy()
-    moved[:, argument(node, 1, "dim") % c.shape[1]] += start
+    moved[:, argument(node, 1, "dim") % _axes(node)] += start
     return moved
 
 
@@ -285,9 +321,10 @@ def _getitem(node: Node, c: Coordinates) -> Coordinates | None:
     if source is None or any(not (part is None or part is Ellipsis or isinstance(part, int | slice)) for part in parts):
         return None
     consumed = sum(part is not None and part is not Ellipsis for part in parts)
-    fill: list[Any] = [slice(None)] * (len(source) - consumed)
+    axes = _axes(args(node)[0])
+    fill: list[Any] = [slice(None)] * (axes - consumed)
     at = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
-    parts = [*parts[:at], *fill, *parts[at + 1 :]]
+    parts = [*parts[:at], *fill, *parts[at + 1 :], *[slice(None)] * (len(source) - axes)]
     columns, out, axis = [], 0, 0
     for part in parts:
         if part is None:
