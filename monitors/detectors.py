@@ -76,6 +76,7 @@ class LawTest:
     def __init__(self, kernel_dtype: str | None = None) -> None:
         self.kernel_dtype = kernel_dtype
         self._recent: dict[tuple[str, str], deque[tuple[int, Array]]] = {}
+        self._estimates: dict[str, dict[int, list[float]]] = {}  # of the bias, by step, while a law is broken
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         """A finding for every law that is broken now, with the worst head; needs no healthy baseline."""
@@ -90,7 +91,7 @@ class LawTest:
                 found = self._residual(step, reading, site.id, dtype)
                 findings += found
                 if found:
-                    findings += _same_sign(step, found[0].onset, site.id, dtype, by_key)
+                    findings += self._same_sign(step, found[0].onset, site.id, dtype, by_key)
             elif reading.metric in ("law/bias", "law/bias_site"):
                 t = by_key.get((f"{reading.metric}_t", site.id))
                 if t is not None:
@@ -132,10 +133,35 @@ class LawTest:
             )
         ]
 
+    def _same_sign(
+        self, step: int, onset: int, site: str, dtype: str, by_key: Mapping[tuple[str, str | None], Array]
+    ) -> list[Finding]:
+        """Once a law is broken, few samples name a rounding bias: every head's estimate since then, four at least, has one sign."""
+        num, den = by_key.get(("law/bias_num", site)), by_key.get(("law/bias_den", site))
+        if num is None or den is None or not (den > 0).all() or not np.isfinite(num / den).all():
+            return []
+        seen = {at: values for at, values in self._estimates.get(site, {}).items() if at >= onset} | {
+            step: (num / den).tolist()
+        }
+        self._estimates[site] = dict(list(seen.items())[-MIN_SAMPLES:])
+        estimates = np.concatenate(list(self._estimates[site].values()))
+        gross = policy.BIAS_GROSS * floor("bias", dtype)
+        if len(estimates) < 4 or abs(np.sign(estimates).sum()) < len(estimates) or np.median(np.abs(estimates)) < gross:
+            return []
+        pooled = float(num.sum() / den.sum())
+        expected = f"within {gross:.2g} of zero, or of mixed sign over heads and samples"
+        score = max(1.0, abs(pooled) / gross)
+        return [Finding(step, onset, site, "law/bias_site", pooled, expected, 1 if pooled > 0 else -1, score)]
+
     def state_dict(self) -> dict[str, Any]:
-        return {"recent": [[*key, [[s, v.tolist()] for s, v in rows]] for key, rows in self._recent.items()]}
+        estimates = [[site, list(seen.items())] for site, seen in self._estimates.items()]
+        return {
+            "estimates": estimates,
+            "recent": [[*key, [[s, v.tolist()] for s, v in rows]] for key, rows in self._recent.items()],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._estimates = {site: dict(seen) for site, seen in state["estimates"]}
         self._recent = {
             (metric, site): deque(((s, np.array(v)) for s, v in rows), maxlen=policy.LAW_SAMPLES)
             for metric, site, rows in state["recent"]
@@ -155,19 +181,3 @@ def _bias(step: int, reading: Reading, t: Array, site: str, dtype: str) -> list[
     return [
         Finding(step, step, site, reading.metric, value, expected, 1 if value > 0 else -1, float(score[worst]), index)
     ]
-
-
-def _same_sign(
-    step: int, onset: int, site: str, dtype: str, by_key: Mapping[tuple[str, str | None], Array]
-) -> list[Finding]:
-    """Once a law is broken, one sample can already name a rounding bias: every head (four at least) has the same sign of it."""
-    num, den = by_key.get(("law/bias_num", site)), by_key.get(("law/bias_den", site))
-    if num is None or den is None or len(num) < 4 or not (den > 0).all() or not np.isfinite(num / den).all():
-        return []
-    estimate = num / den
-    pooled = float(num.sum() / den.sum())
-    gross = MIN_SAMPLES * floor("bias", dtype)
-    if abs(np.sign(estimate).sum()) < len(estimate) or np.median(np.abs(estimate)) < gross:
-        return []
-    expected = f"within {gross:.2g} of zero, or of mixed sign over the heads"
-    return [Finding(step, onset, site, "law/bias_site", pooled, expected, 1 if pooled > 0 else -1, abs(pooled) / gross)]
