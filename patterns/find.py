@@ -65,7 +65,19 @@ def find(view: GraphView, extra: Iterable[Pattern] = ()) -> Findings:
             misses.append(found)
     routers = last_per_weight([match for match in matches if match.kind == "router" and "logits" in match.roles])
     kept = [match for match in matches if match.kind != "router" or "logits" not in match.roles or match in routers]
-    return Findings(tuple(kept), tuple(misses), tuple(errors))
+    of_routers = _on_the_way_to(routers, view) if misses and routers else set()
+    return Findings(tuple(kept), tuple(miss for miss in misses if miss.anchor not in of_routers), tuple(errors))
+
+
+def _on_the_way_to(routers: Iterable[Match], view: GraphView) -> set[Node]:
+    """Selections between a router's logits and its choice belong to it. Masks may be written in place: order counts, not flow."""
+    order = {node: position for position, node in enumerate(view.graph.nodes)}
+    return {
+        node
+        for router in routers
+        for node in view.forward_slice(router.roles["logits"])
+        if order[node] < order[router.anchor]
+    }
 
 
 def _is_opaque(node: Node) -> bool:
