@@ -318,7 +318,9 @@ def _getitem(node: Node, c: Coordinates) -> Coordinates | None:
     source = shape(args(node)[0])
     index = args(node)[1]
     parts = list(index) if isinstance(index, tuple) else [index]
-    if source is None or any(not (part is None or part is Ellipsis or isinstance(part, int | slice)) for part in parts):
+    if source is None or any(not (part is None or part is Ellipsis or _is_index(part)) for part in parts):
+        return None
+    if any(isinstance(part, list) for part in parts) and sum(isinstance(part, int | list) for part in parts) > 1:
         return None
     consumed = sum(part is not None and part is not Ellipsis for part in parts)
     axes = _axes(args(node)[0])
@@ -332,6 +334,9 @@ def _getitem(node: Node, c: Coordinates) -> Coordinates | None:
         elif isinstance(part, int):
             columns.append(np.full(len(c), part % source[axis], dtype=np.int64))
             axis += 1
+        elif isinstance(part, list):  # alone among slices, a list of positions keeps its axis in place
+            columns.append(np.array(part, dtype=np.int64)[c[:, out]] % source[axis])
+            out, axis = out + 1, axis + 1
         else:
             if any(isinstance(end, Node) for end in (part.start, part.stop, part.step)):
                 return None
@@ -339,6 +344,12 @@ def _getitem(node: Node, c: Coordinates) -> Coordinates | None:
             columns.append(c[:, out] * step + start)
             out, axis = out + 1, axis + 1
     return np.stack(columns, axis=1)
+
+
+def _is_index(part: Any) -> bool:
+    if isinstance(part, list):
+        return all(type(position) is int for position in part)
+    return isinstance(part, int | slice)
 
 
 _RULES: Mapping[str, Callable[[Node, Coordinates], Coordinates | None]] = {
