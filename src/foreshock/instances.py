@@ -63,9 +63,9 @@ class Instances:
         weights = {role: self._rebind(view, held[role]) for role, view in match.weights.items()}
         paths = [view.names[0].split(".")[:-1] for view in weights.values()]
         moved = any(view.resolve() is not match.weights[role].resolve() for role, view in weights.items())
-        if paths and (moved or not name):
-            shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
-            name = ".".join(parts[0] for parts in shared) or name
+        if paths:
+            shared = ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False)))
+            name = (shared if moved else _completed(name, shared)) or name
         fields: dict[str, Any] = {**match.facts, **weights}
         site = Site(self._fresh_id(match.kind, name), name, match.kind, match.pattern, **fields)
         return Instance(site, probe, facts, match.laws, match.notes)
@@ -83,3 +83,9 @@ class Instances:
             candidate, number = f"{base}#{number}", number + 1
         self._ids.add(candidate)
         return candidate
+
+
+def _completed(name: str, path: str) -> str:
+    """``name``, known from the compiled module down, with what ``path``, known from the model down, has in front of it."""
+    at = f".{path}.".rfind(f".{name}.")
+    return path[: at + len(name)] if name and at > 0 else name or path
