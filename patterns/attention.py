@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
 
 from foreshock.errors import PatternError
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import argument, op, shape, tensor, value
+from foreshock.patterns.ops import args, argument, op, schema, shape, tensor, value
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.provenance import Origin, Untraced, head_axis, trace_heads, weight_view
 
 LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
+# Arguments of an undescribed kernel that only hide keys or add to logits: the laws of shifts outlive them.
+_MASKS = frozenset({"mask", "attn_mask", "attention_mask", "attn_bias", "alibi_slopes"})
 
 
 def _match_sdpa(view: GraphView, node: Node) -> Match | Miss:
@@ -49,12 +51,14 @@ def attention_op(
     layout: str | None = None,
     causal: bool | int | str | None = None,
     scale: float | int | str | None = None,
+    dropout: float | str = 0.0,
 ) -> Pattern:
     """A pattern for an opaque attention kernel, ``"namespace::name"``.
 
     ``q``, ``k``, ``v`` say which argument (position or name) is ``[B, H, S, h]`` (``layout="BHSD"``) or ``[B, S, H, h]``
     (``"BSHD"``; None: decided from the projections); ``output`` is the index of the attention output among the results.
     ``causal`` is a constant, or the argument that says so; None: not known, and the monitors that recompute rows stay out.
+    ``scale`` and ``dropout`` likewise; a scale of None is ``1 / sqrt(h)``. Arguments left out take their default of the schema.
     """
     if layout not in (None, "BHSD", "BSHD"):
         raise PatternError(f"describing {name}: layout is {layout!r}; give 'BHSD', 'BSHD' or None")
@@ -62,13 +66,15 @@ def attention_op(
         raise PatternError(f"describing {name!r}: give the op's qualified name, 'namespace::name'")
 
     def match(view: GraphView, node: Node) -> Match | Miss:
-        schema = getattr(node.target, "_schema", None)
-        order = [argument_.name for argument_ in schema.arguments] if schema else []
+        declared = getattr(schema(node), "arguments", ())
+        order = [entry.name for entry in declared]
+        defaults = {entry.name: entry.default_value for entry in declared if entry.has_default_value()}
 
         def find(where: Any) -> Any:
             if isinstance(where, str):
-                return argument(node, order.index(where) if where in order else 10**6, where)
-            return argument(node, where, order[where] if where < len(order) else "")
+                return argument(node, order.index(where) if where in order else 10**6, where, defaults.get(where))
+            name = order[where] if where < len(order) else ""
+            return argument(node, where, name, defaults.get(name))
 
         operands: dict[str, int | str] = {}
         for role, where in (("q", q), ("k", k), ("v", v)):
@@ -85,7 +91,7 @@ def attention_op(
             causal=find(causal) if isinstance(causal, str) or type(causal) is int else causal,
             mask=None,
             scale=find(scale) if isinstance(scale, str) or type(scale) is int else scale,
-            dropout=0.0,
+            dropout=find(dropout) if isinstance(dropout, str) else dropout,
         )
 
     return Pattern(name, frozenset({name}), match)
@@ -93,27 +99,51 @@ def attention_op(
 
 def described_by_schema(view: GraphView, node: Node) -> Match | Miss:
     """An op nobody described, whose schema calls its arguments q, k, v (or query, key, value): an attention kernel."""
-    schema: Any = getattr(node.target, "_schema", None)
-    if schema is None:
+    declared = schema(node)
+    if declared is None:
         return Miss(node, "no schema", quiet=True)
-    order = [argument_.name for argument_ in schema.arguments]
+    order = [entry.name for entry in declared.arguments]
     for names in (("q", "k", "v"), ("query", "key", "value")):
         if all(name in order for name in names):
             causal = next((name for name in ("causal", "is_causal") if name in order), None)
             scale = next((name for name in ("scale", "softmax_scale", "sm_scale") if name in order), None)
-            several = len(schema.returns) > 1
+            dropout = next((name for name in ("dropout_p", "p_dropout", "dropout") if name in order), 0.0)
+            several = len(declared.returns) > 1
             described = attention_op(
-                schema.name,
+                declared.name,
                 q=names[0],
                 k=names[1],
                 v=names[2],
                 output=0 if several else None,
                 causal=causal,
                 scale=scale,
+                dropout=dropout,
             )
             found = described.match(view, node)
-            return found.with_note("recognised by its schema (q, k, v)") if isinstance(found, Match) else found
+            if not isinstance(found, Match):
+                return found
+            return _cautious(found, {*names, causal, scale, dropout}).with_note("recognised by its schema (q, k, v)")
     return Miss(node, "its schema has no q, k, v", quiet=True)
+
+
+def _cautious(match: Match, understood: set[Any]) -> Match:
+    """Without the laws and recomputed rows that an argument of unknown meaning may break."""
+    node, declared = match.anchor, schema(match.anchor).arguments
+    given = dict(zip((entry.name for entry in declared), args(node), strict=False)) | node.kwargs
+    defaults = {entry.name: entry.default_value for entry in declared if entry.has_default_value()}
+    unknown = [name for name in given if name not in understood and given[name] != defaults.get(name)]
+    if not unknown:
+        return match
+    laws = dict(match.laws)
+    for name in unknown:
+        if name in _MASKS:
+            laws["law/value_mass"] = laws["law/value_mass"] or "a mask may empty whole rows"
+        elif isinstance(given[name], Node) or "cap" in name:
+            laws = {
+                law: reason or f"what the kernel's argument `{name}` means is not known" for law, reason in laws.items()
+            }
+    note = f"no recomputed rows: the kernel's arguments {', '.join(unknown)} are not described"
+    return replace(match, facts={**match.facts, "causal": None}, laws=laws).with_note(note)
 
 
 def _result(node: Node, output: int | None) -> Node | None:
@@ -206,18 +236,20 @@ def _attention(
             "dropout": float(dropout) if isinstance(dropout, int | float) else float("nan"),
             "dtype": str(getattr(tensor(roles["q"]), "dtype", "float32")).removeprefix("torch."),
         },
-        laws=_laws(view, roles, drops),
+        laws=_laws(view, roles, drops, known_scale),
         weights=weights,
         sources={f"{role}_weight": origin.sources for role, origin in origins.items() if isinstance(origin, Origin)},
         notes=tuple(notes),
     )
 
 
-def _laws(view: GraphView, roles: Mapping[str, Node], drops: bool) -> dict[str, str]:
+def _laws(view: GraphView, roles: Mapping[str, Node], drops: bool, scale: float | None) -> dict[str, str]:
     untapped = [role for role in ("q", "k", "v") if not getattr(tensor(roles[role]), "requires_grad", False)]
     if untapped:
         return dict.fromkeys(LAWS, f"no gradient reaches {', '.join(untapped)}")
     laws = dict.fromkeys(LAWS, "")
+    if scale is None:
+        laws["law/bias"] = "the softmax scale is not known"
     if drops:
         laws["law/value_mass"] = "dropout on the probabilities: rows do not sum to one"
     elif "mask" in roles:

@@ -10,7 +10,7 @@ from torch.fx import Node
 from foreshock.errors import PatternError
 from foreshock.patterns.attention import SDPA, described_by_schema
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import op
+from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER, last_per_weight
 
@@ -81,4 +81,4 @@ def _on_the_way_to(routers: Iterable[Match], view: GraphView) -> set[Node]:
 
 
 def _is_opaque(node: Node) -> bool:
-    return node.op == "call_function" and "::" in op(node) and hasattr(node.target, "_schema")
+    return node.op == "call_function" and "::" in op(node) and schema(node) is not None

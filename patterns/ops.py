@@ -74,6 +74,15 @@ def _function_name(node: Node) -> str:
     )
 
 
+def schema(node: Node) -> Any:
+    """The schema of a library op, also where it is called without naming its only overload; None for anything else."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = target.overloads()
+        target = getattr(target, overloads[0]) if len(overloads) == 1 else None
+    return getattr(target, "_schema", None)
+
+
 def args(node: Node) -> tuple[Any, ...]:
     """The positional arguments, without FX's union of all that an argument can be."""
     return node.args
