@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from foreshock.patterns import Findings, GraphView, Match, Pattern, find
 from torch import nn
 from torch.fx import GraphModule, Node
+
+from foreshock.patterns import Findings, GraphView, Match, Pattern, find
 
 
 @dataclass(eq=False)

@@ -6,9 +6,10 @@ import operator
 
 import pytest
 import torch
-import torch.nn.functional as F
-from foreshock.patterns.ops import argument, is_symbolic, op, shape, tensor
 from torch.fx import Graph
+from torch.nn import functional
+
+from foreshock.patterns.ops import argument, is_symbolic, op, shape, tensor
 
 
 def _names(captured) -> list[str]:
@@ -19,14 +20,14 @@ def _names(captured) -> list[str]:
     ("name", "spelling"),
     [
         ("softmax", lambda x, y: torch.softmax(x, -1)),
-        ("softmax", lambda x, y: F.softmax(x, dim=-1)),
+        ("softmax", lambda x, y: functional.softmax(x, dim=-1)),
         ("softmax", lambda x, y: x.softmax(-1)),
         ("softmax", lambda x, y: torch.nn.Softmax(-1)(x)),
         ("softmax", lambda x, y: torch.ops.aten.softmax.int(x, -1)),
         ("softmax", lambda x, y: torch.ops.aten._softmax(x, -1, False)),
-        ("log_softmax", lambda x, y: F.log_softmax(x, -1)),
+        ("log_softmax", lambda x, y: functional.log_softmax(x, -1)),
         ("sigmoid", lambda x, y: x.sigmoid()),
-        ("sigmoid", lambda x, y: F.sigmoid(x)),
+        ("sigmoid", lambda x, y: functional.sigmoid(x)),
         ("sigmoid", lambda x, y: x.sigmoid_()),
         ("matmul", lambda x, y: x @ y),
         ("matmul", lambda x, y: torch.matmul(x, y)),
@@ -78,8 +79,8 @@ def _names(captured) -> list[str]:
         ("neg", lambda x, y: -x),
         ("neg", lambda x, y: torch.negative(x)),
         ("masked_fill", lambda x, y: x.masked_fill_(y > 0, 0.0)),
-        ("scaled_dot_product_attention", lambda x, y: F.scaled_dot_product_attention(x, y, y)),
-        ("linear", lambda x, y: F.linear(x, y)),
+        ("scaled_dot_product_attention", lambda x, y: functional.scaled_dot_product_attention(x, y, y)),
+        ("linear", lambda x, y: functional.linear(x, y)),
         ("addmm", lambda x, y: torch.addmm(y[0], x, y)),
     ],
 )

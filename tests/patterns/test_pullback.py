@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import nn
+from torch.nn import functional
+
 from foreshock.patterns.provenance import Untraced, head_axis, trace_features, trace_heads
 from foreshock.patterns.pullback import Pull
-from torch import nn
 
 
 class _Of(nn.Module):
@@ -331,7 +332,7 @@ def test_features_of_a_router(capture) -> None:
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda x: F.conv1d(x, torch.ones(HIDDEN, HIDDEN, 1)).view(B, H, D, S).transpose(2, 3), "is no copy"),
+        (lambda x: functional.conv1d(x, torch.ones(HIDDEN, HIDDEN, 1)).view(B, H, D, S).transpose(2, 3), "is no copy"),
         (lambda x: x.view(B, H, D, S).transpose(2, 3), "graph input"),
     ],
 )

@@ -1,0 +1,492 @@
+"""Attention sites: what is recognised, what is not and why, and the factors read from the weights behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from foreshock import patterns
+from foreshock.errors import PatternError
+from foreshock.patterns import Match, Miss, Pattern, attention_op
+from foreshock.patterns.ops import op
+
+B, S, H, G, D, HIDDEN = 2, 6, 4, 2, 8, 32
+sdpa = functional.scaled_dot_product_attention
+
+
+class Attention(nn.Module):
+    """Separate projections; ``call(q, k, v)`` on ``[B, heads, S, h]``."""
+
+    def __init__(self, call=lambda q, k, v: sdpa(q, k, v, is_causal=True), kv_heads: int = H, layout: str = "BHSD"):
+        super().__init__()
+        self.q = nn.Linear(HIDDEN, H * D, bias=False)
+        self.k, self.v = (nn.Linear(HIDDEN, kv_heads * D, bias=False) for _ in range(2))
+        self.call, self.layout = call, layout
+
+    def heads(self, y):
+        y = y.view(*y.shape[:2], -1, D)
+        return y.transpose(1, 2) if self.layout == "BHSD" else y
+
+    def forward(self, x):
+        return self.call(self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x)))
+
+
+def _x() -> torch.Tensor:
+    return torch.randn(B, S, HIDDEN, generator=torch.Generator().manual_seed(0))
+
+
+MASK = torch.ones(S, S).tril().bool()
+
+FORMS = {
+    "positional": (lambda q, k, v: sdpa(q, k, v), {"causal": False, "dropout": 0.0, "scale": D**-0.5}),
+    "keyword": (lambda q, k, v: sdpa(query=q, key=k, value=v), {"causal": False}),
+    "mixed": (lambda q, k, v: sdpa(q, value=v, key=k), {"causal": False}),
+    "causal": (lambda q, k, v: sdpa(q, k, v, is_causal=True), {"causal": True}),
+    "all positional": (
+        lambda q, k, v: sdpa(q, k, v, None, 0.0, True, scale=0.5), {"causal": True, "scale": 0.5},
+    ),
+    "scale": (lambda q, k, v: sdpa(q, k, v, scale=0.25), {"scale": 0.25}),
+    "dropout": (lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), {"dropout": 0.5}),
+    "positional dropout": (lambda q, k, v: sdpa(q, k, v, None, 0.25), {"dropout": 0.25}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_call_is_one_site(capture, form: str) -> None:
+    call, facts = FORMS[form]
+    match = capture(Attention(call), _x()).match
+    assert (match.kind, match.pattern, match.layout) == ("attention", "scaled_dot_product_attention", "BHSD")
+    assert match.facts.items() >= {**facts, "heads": H, "kv_heads": H, "head_dim": D, "value_dim": D}.items()
+    assert [match.roles[role].meta["example_value"].shape[1] for role in "qkv"] == [H, H, H]
+    assert match.weights["q_weight"].names == ("q.weight",)
+    assert match.weights["k_weight"].names == ("k.weight",)
+    anchor = match.anchor
+    for role, where in match.operands.items():
+        held = anchor.kwargs[where] if isinstance(where, str) else anchor.args[where]
+        assert held is match.roles[role]
+
+
+def test_finding_twice_changes_nothing(capture) -> None:
+    captured = capture(Attention(), _x())
+    before = str(captured.module.graph)
+    again = patterns.find(captured.view)
+    assert [match.anchor for match in again.matches] == [captured.match.anchor]
+    assert str(captured.module.graph) == before
+
+
+@pytest.mark.parametrize("mask", [MASK, torch.zeros(S, S), torch.zeros(B, 1, S, S)])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_mask_is_a_role(capture, mask: torch.Tensor, by_name: bool) -> None:
+    def call(q, k, v):
+        return sdpa(q, k, v, attn_mask=mask) if by_name else sdpa(q, k, v, mask)
+
+    match = capture(Attention(call), _x()).match
+    assert match.roles["mask"].meta["example_value"].shape == mask.shape
+    assert "mask" in match.laws["law/value_mass"]
+    assert match.laws["law/key_shift"] == match.laws["law/euler"] == ""
+
+
+def test_grouped_queries(capture) -> None:
+    match = capture(Attention(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), kv_heads=G), _x()).match
+    assert (match.facts["heads"], match.facts["kv_heads"]) == (H, G)
+    assert match.weights["k_weight"].heads == G
+    assert match.weights["k_weight"].read_by(H) == (0, 0, 1, 1)
+
+
+def test_repeated_keys_keep_the_count_of_the_weights(capture) -> None:
+    def call(q, k, v):
+        k, v = (x[:, :, None].expand(B, G, H // G, S, D).reshape(B, H, S, D) for x in (k, v))
+        return sdpa(q, k, v)
+
+    match = capture(Attention(call, kv_heads=G), _x()).match
+    assert (match.facts["heads"], match.facts["kv_heads"]) == (H, G)
+    assert match.weights["k_weight"].read_by(H) == (0, 0, 1, 1)
+
+
+def test_dropout_breaks_the_mass_law_alone(capture) -> None:
+    laws = capture(Attention(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5)), _x()).match.laws
+    assert "dropout" in laws["law/value_mass"]
+    assert laws["law/key_shift"] == laws["law/euler"] == laws["law/bias"] == ""
+
+
+def test_without_gradients_no_law_holds(capture) -> None:
+    class Frozen(Attention):
+        def forward(self, x):
+            return self.call(self.heads(self.q(x)), self.heads(self.k(x)).detach(), self.heads(self.v(x)))
+
+    match = capture(Frozen(), _x()).match
+    assert set(match.laws.values()) == {"no gradient reaches k"}
+
+
+def test_cross_attention_with_other_lengths_and_value_width(capture) -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(HIDDEN, H * D), nn.Linear(HIDDEN, H * D)
+            self.v = nn.Linear(HIDDEN, H * 3)
+
+        def forward(self, x, memory):
+            q, k = (y.view(B, -1, H, D).transpose(1, 2) for y in (self.q(x), self.k(memory)))
+            return sdpa(q, k, self.v(memory).view(B, -1, H, 3).transpose(1, 2))
+
+    match = capture(Cross(), _x(), torch.randn(B, 9, HIDDEN)).match
+    assert (match.facts["head_dim"], match.facts["value_dim"]) == (D, 3)
+    assert match.weights["q_weight"].names == ("q.weight",)
+
+
+def test_near_misses_say_why(capture) -> None:
+    flat = capture(lambda x: sdpa(x, x, x), torch.randn(B, S, D))
+    assert flat.findings.matches == ()
+    assert "4-D" in flat.reasons[0]
+    assert not flat.findings.misses[0]
+    assert "scaled_dot_product_attention" in str(flat.findings.misses[0])
+    written_out = capture(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, *(torch.randn(B, H, S, D) for _ in range(3)))
+    assert written_out.findings.matches == ()
+
+
+def test_inputs_without_a_weight_are_a_site_with_a_note(capture) -> None:
+    q, k, v = (torch.randn(B, H, S, D, requires_grad=True) for _ in range(3))
+    match = capture(lambda q, k, v: sdpa(q, k, v), q, k, v).match
+    assert match.weights == {}
+    assert len(match.notes) == 2
+    assert all("was not traced to a weight" in note for note in match.notes)
+
+
+# -- opaque kernels ------------------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "foreshock_tests::flash", "(Tensor q, Tensor k, Tensor v, bool causal=False, float? softmax_scale=None) -> Tensor"
+)
+torch.library.define(
+    "foreshock_tests::flash_lse", "(Tensor query, Tensor key, Tensor value, *, float scale=1.0) -> (Tensor, Tensor)"
+)
+torch.library.define("foreshock_tests::flash_drop", "(Tensor q, Tensor k, Tensor v, float dropout_p=0.0) -> Tensor")
+torch.library.define(
+    "foreshock_tests::flash_bias", "(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, bool causal=False) -> Tensor"
+)
+torch.library.define("foreshock_tests::three", "(Tensor a, Tensor b, Tensor c) -> Tensor")
+
+
+@torch.library.impl("foreshock_tests::flash", "CompositeImplicitAutograd")
+def _flash(q, k, v, causal=False, softmax_scale=None):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return sdpa(q, k, v, is_causal=causal, scale=softmax_scale).transpose(1, 2)
+
+
+@torch.library.impl("foreshock_tests::flash_lse", "CompositeImplicitAutograd")
+def _flash_lse(query, key, value, *, scale=1.0):
+    return sdpa(query, key, value, scale=scale), (query @ key.mT * scale).logsumexp(-1)
+
+
+@torch.library.impl("foreshock_tests::flash_drop", "CompositeImplicitAutograd")
+def _flash_drop(q, k, v, dropout_p=0.0):
+    return sdpa(q, k, v, dropout_p=dropout_p)
+
+
+@torch.library.impl("foreshock_tests::flash_bias", "CompositeImplicitAutograd")
+def _flash_bias(q, k, v, sinks=None, causal=False):
+    return sdpa(q, k, v, is_causal=causal)
+
+
+@torch.library.impl("foreshock_tests::three", "CompositeImplicitAutograd")
+def _three(a, b, c):
+    return sdpa(a, b, c)
+
+
+kernels = torch.ops.foreshock_tests
+
+
+def test_a_schema_with_q_k_v_is_enough_positions_first(capture) -> None:
+    match = capture(Attention(lambda q, k, v: kernels.flash(q, k, v, True), layout="BSHD"), _x()).match
+    assert (match.pattern, match.layout) == ("foreshock_tests::flash", "BSHD")
+    assert match.facts.items() >= {"heads": H, "kv_heads": H, "causal": True, "scale": D**-0.5}.items()
+    assert match.weights["q_weight"].names == ("q.weight",)
+    assert any("schema" in note for note in match.notes)
+
+
+def test_a_schema_with_query_key_value_is_enough_heads_first(capture) -> None:
+    match = capture(Attention(lambda q, k, v: kernels.flash_lse(q, k, v, scale=0.5)[0]), _x()).match
+    assert (match.pattern, match.layout) == ("foreshock_tests::flash_lse", "BHSD")
+    assert match.facts["scale"] == 0.5
+    assert match.facts["causal"] is None
+    assert op(match.roles["out"]) == "getitem"
+
+
+def test_arguments_left_out_take_the_default_of_the_schema(capture) -> None:
+    assert capture(Attention(lambda q, k, v: kernels.flash_lse(q, k, v)[0]), _x()).match.facts["scale"] == 1.0
+    assert capture(Attention(kernels.flash, layout="BSHD"), _x()).match.facts["causal"] is False
+
+
+def test_dropout_of_a_kernel_is_seen_in_its_schema(capture) -> None:
+    match = capture(Attention(lambda q, k, v: kernels.flash_drop(q, k, v, 0.5)), _x()).match
+    assert match.facts["dropout"] == 0.5
+    assert "dropout" in match.laws["law/value_mass"]
+    assert capture(Attention(kernels.flash_drop), _x()).match.laws["law/value_mass"] == ""
+
+
+def test_a_tensor_of_unknown_meaning_keeps_laws_and_recomputed_rows_out(capture) -> None:
+    def call(q, k, v):
+        return kernels.flash_bias(q, k, v, torch.zeros(H), True)
+
+    match = capture(Attention(call), _x()).match
+    assert match.facts["causal"] is None
+    assert all("sinks" in reason for reason in match.laws.values())
+    known = capture(Attention(lambda q, k, v: kernels.flash_bias(q, k, v, None, True)), _x()).match
+    assert known.facts["causal"] is True
+    assert set(known.laws.values()) == {""}
+
+
+def test_an_op_nobody_described_is_left_alone_until_someone_does(capture) -> None:
+    model = Attention(lambda q, k, v: kernels.three(k, q, v))
+    assert capture(model, _x()).findings.matches == ()
+    described = attention_op("foreshock_tests::three", q="b", k=0, v="c", layout="BHSD", causal=False, scale=0.125)
+    match = capture(model, _x(), extra=(described,)).match
+    assert match.pattern == "foreshock_tests::three"
+    assert match.facts.items() >= {"causal": False, "scale": 0.125}.items()
+    assert match.weights["q_weight"].names == ("q.weight",)
+    assert match.weights["k_weight"].names == ("k.weight",)
+    assert match.operands == {"q": 1, "k": 0, "v": 2}
+
+
+def test_a_description_reads_its_arguments_by_place_or_name(capture) -> None:
+    described = attention_op("foreshock_tests::flash", layout="BSHD", causal="causal", scale=4)
+    by_name = Attention(lambda q, k, v: kernels.flash(q, v=v, k=k, causal=True, softmax_scale=0.5), layout="BSHD")
+    match = capture(by_name, _x(), extra=(described,)).match
+    assert match.facts.items() >= {"causal": True, "scale": 0.5}.items()
+    assert match.operands == {"q": 0, "k": "k", "v": "v"}
+    by_place = Attention(lambda q, k, v: kernels.flash(q, k, v, True, 0.5), layout="BSHD")
+    match = capture(by_place, _x(), extra=(described,)).match
+    assert match.facts.items() >= {"causal": True, "scale": 0.5}.items()
+
+
+def test_a_bad_description_says_what_to_give() -> None:
+    with pytest.raises(PatternError, match="namespace::name"):
+        attention_op("flash")
+    with pytest.raises(PatternError, match="BHSD"):
+        attention_op("a::b", layout="SBHD")
+
+
+@pytest.fixture
+def registry() -> Iterator[list[Pattern]]:
+    from foreshock.patterns import find
+
+    module = __import__("sys").modules[find.__module__]
+    kept = list(module._registered)
+    yield module._registered
+    module._registered[:] = kept
+
+
+def _relu_site(view, node) -> Match | Miss:
+    if node.args[0].op != "placeholder" and op(node.args[0]) != "linear":
+        return Miss(node, "not behind a linear layer")
+    return Match("activation", "relu site", node, {"out": node})
+
+
+def test_a_pattern_of_the_users_own(capture, registry) -> None:
+    mine = Pattern("relu site", frozenset({"relu"}), _relu_site)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh())
+    assert capture(model, torch.randn(2, 4)).findings.matches == ()
+    assert patterns.register(mine) is mine
+    patterns.register(mine)
+    assert registry == [mine]
+    match = capture(model, torch.randn(2, 4)).match
+    assert (match.kind, op(match.anchor)) == ("activation", "relu")
+    missed = capture(nn.Sequential(nn.Tanh(), nn.ReLU()), torch.randn(2, 4))
+    assert missed.findings.matches == ()
+    assert missed.reasons == ["not behind a linear layer"]
+    with pytest.raises(PatternError, match="Pattern"):
+        patterns.register("relu")
+
+
+def test_a_registered_pattern_goes_before_the_built_in_one(capture, registry) -> None:
+    patterns.register(attention_op("mine::sdpa"))
+    other = Pattern(
+        "mine",
+        frozenset({"scaled_dot_product_attention"}),
+        lambda view, node: Match("other", "mine", node, {"out": node}),
+    )
+    patterns.register(other)
+    assert capture(Attention(), _x()).match.kind == "other"
+
+
+def test_a_pattern_that_fails_is_reported_and_the_next_one_tried(capture) -> None:
+    def fail(view, node):
+        raise RuntimeError("boom")
+
+    broken = Pattern("broken", frozenset({"scaled_dot_product_attention"}), fail)
+    captured = capture(Attention(), _x(), extra=(broken,))
+    assert captured.match.pattern == "scaled_dot_product_attention"
+    ((name, error),) = captured.findings.errors
+    assert (name, str(error)) == ("broken", "boom")
+
+
+# -- factors -------------------------------------------------------------------------------------------------------------
+
+
+class Returns(nn.Module):
+    """Attention that also returns the q and k that enter the kernel."""
+
+    def heads(self, y):
+        return y.view(B, S, -1, D).transpose(1, 2)
+
+    def attend(self, q, k, v):
+        return sdpa(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1]), q, k
+
+
+class Separate(Returns):
+    def __init__(self, kv_heads: int = H) -> None:
+        super().__init__()
+        self.q = nn.Linear(HIDDEN, H * D, bias=False)
+        self.k, self.v = (nn.Linear(HIDDEN, kv_heads * D, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        return self.attend(self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x)))
+
+
+class Grouped(Separate):
+    def __init__(self) -> None:
+        super().__init__(G)
+
+
+class Repeated(Grouped):
+    def forward(self, x):
+        k, v = (self.heads(y(x)).repeat_interleave(H // G, dim=1) for y in (self.k, self.v))
+        return self.attend(self.heads(self.q(x)), k, v)
+
+
+class Fused(Returns):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(HIDDEN, 3 * H * D, bias=False)
+
+    def forward(self, x):
+        return self.attend(*(self.heads(y) for y in self.qkv(x).split(H * D, dim=-1)))
+
+
+class FusedGrouped(Returns):
+    """q heads of a group, then its key, then its value, group by group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(HIDDEN, (H + 2 * G) * D, bias=False)
+
+    def forward(self, x):
+        y = self.qkv(x).view(B, S, G, H // G + 2, D)
+        q, k, v = y[..., :-2, :].reshape(B, S, H, D), y[..., -2, :], y[..., -1, :]
+        return self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+
+
+class Conv1D(Returns):
+    """GPT-2's projection: ``addmm`` with a weight ``[hidden, channels]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(HIDDEN, 3 * H * D) * 0.1)
+        self.bias = nn.Parameter(torch.zeros(3 * H * D))
+
+    def forward(self, x):
+        y = torch.addmm(self.bias, x.view(-1, HIDDEN), self.weight).view(B, S, 3 * H * D)
+        return self.attend(*(self.heads(part) for part in y.split(H * D, dim=2)))
+
+
+class Normed(Separate):
+    """A gain for each channel of a head, after a root-mean-square norm (Qwen3)."""
+
+    def __init__(self) -> None:
+        super().__init__(G)
+        self.gain_q, self.gain_k = (nn.Parameter(torch.rand(D) + 0.5) for _ in range(2))
+
+    def norm(self, y, gain):
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return gain * y.to(torch.float32)
+
+    def forward(self, x):
+        q = self.norm(self.q(x).view(B, S, -1, D), self.gain_q).transpose(1, 2)
+        k = self.norm(self.k(x).view(B, S, -1, D), self.gain_k).transpose(1, 2)
+        return self.attend(q, k, self.heads(self.v(x)))
+
+
+class NormedByModule(Normed):
+    def norm(self, y, gain):
+        return functional.rms_norm(y, (D,), gain)
+
+
+class NormedWithOffset(Normed):
+    """Gemma's ``1 + gain``."""
+
+    def norm(self, y, gain):
+        return super().norm(y, 1.0) * (1.0 + gain)
+
+
+class NormedWhole(Normed):
+    """A gain for every channel of every head, before heads are cut (OLMo 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain_q, self.gain_k = nn.Parameter(torch.rand(H * D) + 0.5), nn.Parameter(torch.rand(G * D) + 0.5)
+
+    def forward(self, x):
+        q, k = self.norm(self.q(x), self.gain_q), self.norm(self.k(x), self.gain_k)
+        return self.attend(self.heads(q), self.heads(k), self.heads(self.v(x)))
+
+
+@pytest.mark.parametrize("model", [Separate, Fused, Conv1D, Grouped, Repeated, FusedGrouped])
+def test_factors_reproduce_the_layers_logits(capture, model: type[Returns]) -> None:
+    torch.manual_seed(0)
+    layer, x = model(), _x()
+    captured = capture(layer, x)
+    _, q, k = (y.detach() for y in captured.result)
+    k = k.repeat_interleave(H // k.shape[1], dim=1)
+    q_view, k_view = (captured.match.weights[f"{role}_weight"] for role in "qk")
+    for head, key in enumerate(k_view.read_by(H)):
+        logits = x @ (q_view.factor(head) @ k_view.factor(key).T) @ x.mT
+        torch.testing.assert_close(logits, q[:, head] @ k[:, head].mT, rtol=1e-5, atol=1e-5)
+    assert k_view.heads == captured.match.facts["kv_heads"]
+
+
+@pytest.mark.parametrize("model", [Normed, NormedByModule, NormedWithOffset, NormedWhole])
+def test_gains_of_query_and_key_norms_are_folded_into_the_factors(capture, model: type[Normed]) -> None:
+    torch.manual_seed(0)
+    layer = model()
+    match = capture(layer, _x()).match
+    for role, heads in (("q", H), ("k", G)):
+        view = match.weights[f"{role}_weight"]
+        assert view.names == (f"{role}.weight", f"gain_{role}")
+        gain = getattr(layer, f"gain_{role}").detach() + (1.0 if model is NormedWithOffset else 0.0)
+        gain = gain.expand(heads, D) if gain.numel() == D else gain.view(heads, D)
+        weight = getattr(layer, role).weight.detach().view(heads, D, HIDDEN)
+        torch.testing.assert_close(view.factors(), weight.transpose(1, 2) * gain[:, None])
+
+
+def test_gains_keep_their_place_through_a_partial_rotary_embedding(capture) -> None:
+    class Partial(Normed):
+        def turn(self, y):
+            turned, kept = y[..., :4], y[..., 4:]
+            angle = torch.arange(S * 4, dtype=torch.float32).view(S, 4)
+            half = torch.cat((-turned[..., 2:], turned[..., :2]), dim=-1)
+            return torch.cat([turned * angle.cos() + half * angle.sin(), kept], dim=-1)
+
+        def forward(self, x):
+            q, k = self.norm(self.heads(self.q(x)), self.gain_q), self.norm(self.heads(self.k(x)), self.gain_k)
+            return self.attend(self.turn(q), self.turn(k), self.heads(self.v(x)))
+
+    layer = Partial()
+    view = capture(layer, _x()).match.weights["q_weight"]
+    assert view.names == ("q.weight", "gain_q")
+    expected = layer.q.weight.detach().view(H, D, HIDDEN).transpose(1, 2) * layer.gain_q.detach()
+    torch.testing.assert_close(view.factors(), expected)
+
+
+def test_a_view_outlives_nothing(capture) -> None:
+    layer = Separate()
+    view = capture(layer, _x()).match.weights["q_weight"]
+    assert view.resolve() is layer.q.weight
+    torch._dynamo.reset()
+    del layer
+    __import__("gc").collect()
+    with pytest.raises(LookupError, match="no longer exists"):
+        view.factors()
