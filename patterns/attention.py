@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from foreshock.errors import PatternError
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import args, argument, op, schema, shape, tensor, value
+from foreshock.patterns.ops import args, argument, described, op, schema, shape, tensor, value
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.provenance import Origin, Untraced, head_axis, trace_heads, weight_view
 
@@ -68,14 +68,6 @@ def attention_op(
     def match(view: GraphView, node: Node) -> Match | Miss:
         declared = getattr(schema(node), "arguments", ())
         order = [entry.name for entry in declared]
-        defaults = {entry.name: entry.default_value for entry in declared if entry.has_default_value()}
-
-        def find(where: Any) -> Any:
-            if isinstance(where, str):
-                return argument(node, order.index(where) if where in order else 10**6, where, defaults.get(where))
-            name = order[where] if where < len(order) else ""
-            return argument(node, where, name, defaults.get(name))
-
         operands: dict[str, int | str] = {}
         for role, where in (("q", q), ("k", k), ("v", v)):
             position = order.index(where) if isinstance(where, str) and where in order else where
@@ -88,10 +80,10 @@ def attention_op(
             operands=operands,
             out=_result(node, output),
             layout=layout,
-            causal=find(causal) if isinstance(causal, str) or type(causal) is int else causal,
+            causal=described(node, causal) if isinstance(causal, str) or type(causal) is int else causal,
             mask=None,
-            scale=find(scale) if isinstance(scale, str) or type(scale) is int else scale,
-            dropout=find(dropout) if isinstance(dropout, str) else dropout,
+            scale=described(node, scale) if isinstance(scale, str) or type(scale) is int else scale,
+            dropout=described(node, dropout) if isinstance(dropout, str) else dropout,
         )
 
     return Pattern(name, frozenset({name}), match)
@@ -109,7 +101,7 @@ def described_by_schema(view: GraphView, node: Node) -> Match | Miss:
             scale = next((name for name in ("scale", "softmax_scale", "sm_scale") if name in order), None)
             dropout = next((name for name in ("dropout_p", "p_dropout", "dropout") if name in order), 0.0)
             several = len(declared.returns) > 1
-            described = attention_op(
+            kernel = attention_op(
                 declared.name,
                 q=names[0],
                 k=names[1],
@@ -119,7 +111,7 @@ def described_by_schema(view: GraphView, node: Node) -> Match | Miss:
                 scale=scale,
                 dropout=dropout,
             )
-            found = described.match(view, node)
+            found = kernel.match(view, node)
             if not isinstance(found, Match):
                 return found
             return _cautious(found, {*names, causal, scale, dropout}).with_note("recognised by its schema (q, k, v)")

@@ -95,6 +95,18 @@ def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
     return node.args[position] if position < len(node.args) else default
 
 
+def described(node: Node, where: int | str) -> Any:
+    """The argument of a library op at a place or of a name, however it was passed; left out, its default of the schema."""
+    declared = getattr(schema(node), "arguments", ())
+    order = [entry.name for entry in declared]
+    place = where if isinstance(where, int) else order.index(where) if where in order else len(node.args)
+    name = where if isinstance(where, str) else order[where] if where < len(order) else ""
+    default = next(
+        (entry.default_value for entry in declared if entry.name == name and entry.has_default_value()), None
+    )
+    return argument(node, place, name, default)
+
+
 def value(node: Any) -> Any:
     """The fake value that Dynamo recorded for ``node``, or None."""
     return node.meta.get("example_value") if isinstance(node, Node) else None

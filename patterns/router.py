@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from foreshock.errors import PatternError
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import args, argument, op, shape, tensor
+from foreshock.patterns.ops import args, argument, described, op, shape, tensor
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.provenance import Origin, Untraced, trace_features, weight_view
 from foreshock.patterns.pullback import projection_weight
@@ -46,7 +46,7 @@ def _match_topk(view: GraphView, node: Node) -> Match | Miss:
     values, indices = (next((u for u in node.users if op(u) == "getitem" and args(u)[1] == i), None) for i in (0, 1))
     if indices is None:
         return Miss(node, "the chosen indices are not used")
-    reason = _not_dispatch(view, node)
+    reason = _not_dispatch(view, node, indices)
     if reason:
         return Miss(node, reason)
     origin = trace_features(view, scores)
@@ -91,13 +91,23 @@ def _logits(origin: Origin, scores: Node) -> Any:
     return scores
 
 
-def _not_dispatch(view: GraphView, node: Node) -> str:
+def _not_dispatch(view: GraphView, node: Node, indices: Node) -> str:
     after = view.forward_slice(node)
     if all(op(user) in ("getitem", "output", "identity", "cast", "reshape") for user in after):
         return ""  # the choice leaves this frame: a graph break stands between router and experts
-    if any(op(user) in _DISPATCH or "grouped_mm" in op(user) for user in after):
+    if any(op(user) == "multinomial" for user in after):
+        return "its choice is drawn from at random: sampling"
+    if any(_dispatches(node, user) for user in view.forward_slice(indices)):
         return ""
     return "nothing is dispatched by its choice"
+
+
+def _dispatches(node: Node, user: Node) -> bool:
+    """Whether experts may stand behind ``user``. A metric also multiplies, by numbers and masks, but learns nothing from it."""
+    name = op(user)
+    if name == "mul" and getattr(tensor(argument(node, 0, "input")), "requires_grad", False):
+        return bool(getattr(tensor(user), "requires_grad", False))
+    return name in _DISPATCH or "grouped_mm" in name
 
 
 ROUTER = Pattern("router", frozenset({"topk"}), _match_topk)
@@ -117,7 +127,7 @@ def router_op(
         raise PatternError(f"describing {name}: scoring is {scoring!r}; give one of {', '.join(_SCORINGS)}")
 
     def match(view: GraphView, node: Node) -> Match | Miss:
-        source = argument(node, 10**6, logits) if isinstance(logits, str) else args(node)[logits]
+        source = described(node, logits)
         chosen = next((u for u in node.users if op(u) == "getitem" and args(u)[1] == indices), None)
         sizes, picked = shape(source), shape(chosen)
         if not sizes or not picked or not isinstance(source, Node) or chosen is None:
