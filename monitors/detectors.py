@@ -92,6 +92,8 @@ class LawTest:
                 findings += found
                 if found:
                     findings += self._same_sign(step, found[0].onset, site.id, dtype, by_key)
+            elif reading.metric == "attention/shadow_rms":
+                findings += _shadow(step, reading, site.id, dtype)
             elif reading.metric in ("law/bias", "law/bias_site"):
                 t = by_key.get((f"{reading.metric}_t", site.id))
                 if t is not None:
@@ -166,6 +168,17 @@ class LawTest:
             (metric, site): deque(((s, np.array(v)) for s, v in rows), maxlen=policy.LAW_SAMPLES)
             for metric, site, rows in state["recent"]
         }
+
+
+def _shadow(step: int, reading: Reading, site: str, dtype: str) -> list[Finding]:
+    """A hint (score below 1): it tells a forward fault from a backward one, and is no alarm of its own."""
+    limit = floor("shadow", dtype)
+    worst = int(np.nan_to_num(reading.values).argmax())
+    value = float(np.nan_to_num(reading.values)[worst])
+    if value <= limit:
+        return []
+    expected = f"at most {limit:.2g} in {dtype}"
+    return [Finding(step, step, site, reading.metric, value, expected, +1, 1 - limit / value, worst)]
 
 
 def _bias(step: int, reading: Reading, t: Array, site: str, dtype: str) -> list[Finding]:

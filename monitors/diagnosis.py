@@ -22,6 +22,7 @@ SPREAD = 0.5  # share of the attention sites that must move together before a ca
 
 LAW_BIAS = ("law/bias+", "law/bias-", "law/bias_site+", "law/bias_site-")
 LAW = ("law/key_shift+", "law/value_mass+", "law/euler+")
+SHADOW = ("attention/shadow_rms+",)
 QK = ("attention/delta2_norm+", "attention/delta2_effective_rank@50-")
 ATTENTION = (*QK, "attention/logit_max+", "attention/entropy_norm-", "attention/entropy_norm+")
 ROUTER = (
@@ -102,14 +103,22 @@ def _load_first(findings: Sequence[Finding], context: Context) -> bool:
     return bool(load) and min(load) <= min(others, default=min(load)) + TOGETHER
 
 
+def _forward_is_off(findings: Sequence[Finding], context: Context) -> bool:
+    return any(symptom(finding) in SHADOW for finding in findings)
+
+
 # fmt: off
 TABLE: tuple[Row, ...] = (
     Row("non-finite values", ("nonfinite",), LATE, "site", "critical",
         "NaN or infinity appeared",
         "Go back to a checkpoint from before the onset and repeat: if it stays finite, suspect the hardware, else the inputs."),
-    Row("low-precision attention kernel", LAW_BIAS, (*LAW, *ATTENTION, *LATE), "site", "critical",
+    Row("low-precision attention kernel", LAW_BIAS, (*LAW, *SHADOW, *ATTENTION, *LATE), "site", "critical",
         "the attention kernel rounds its output or probabilities to one side, so its backward pushes every key the same way",
         "Change the kernel, or compute D = rowsum(dO * O) from an unrounded O. Learning rate and data are not the cause."),
+    Row("low-precision attention kernel", LAW, (*SHADOW, *ATTENTION, *LATE), "site", "critical",
+        "what the attention kernel returns is already off in the forward pass, and its gradients break an identity",
+        "Compare the kernel with a reference (math SDPA) here: it rounds or drops part of its probabilities or its output.",
+        _forward_is_off),
     Row("wrong attention backward", LAW, (*ATTENTION, *LATE), "site", "critical",
         "the attention gradients break an identity that every correct kernel obeys",
         "Compare the kernel's backward with a reference (math SDPA) here. Learning rate and data are not the cause."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ class Judge:
     """``update`` once a sampled step. ``baseline``: recorded healthy runs. ``detectors``: a user's own, beside the built-in ones.
 
     ``warmup``: steps before drift and settled limits are judged (the learning rate's own rise is waited for in any case).
+    ``on_error`` receives what a detector raises, and the others go on; without it the error is raised.
     ``kernel_dtype``: the precision that attention kernels are meant to store in, where it is not that of their inputs.
     """
 
@@ -44,7 +45,9 @@ class Judge:
         warmup: int = 0,
         kernel_dtype: str | None = None,
         detectors: Sequence[Detector] = (),
+        on_error: Callable[[str, Exception], None] | None = None,
     ) -> None:
+        self._on_error = on_error
         self.detectors: tuple[Detector, ...] = (
             Limits(warmup=warmup),
             LawTest(kernel_dtype),
@@ -64,7 +67,7 @@ class Judge:
         self._samples += 1
         self._watch_rate(readings)
         for detector in self.detectors:
-            for finding in detector.update(step, readings, sites):
+            for finding in self._ask(detector, step, readings, sites):
                 self._remember(finding)
         self._heard = {key: entry for key, entry in self._heard.items() if self._samples - entry[2] <= MEMORY}
         rise = self._rates[-1] / min(self._rates) if self._rates and min(self._rates) > 0 else 1.0
@@ -83,6 +86,17 @@ class Judge:
             self._open[key] = severity
             alarms.append(alarm(step, diagnosis, severity, context))
         return alarms
+
+    def _ask(
+        self, detector: Detector, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]
+    ) -> Sequence[Finding]:
+        try:
+            return detector.update(step, readings, sites)
+        except Exception as error:
+            if self._on_error is None:
+                raise
+            self._on_error(f"detector {type(detector).__name__}", error)
+            return []
 
     def _spoken_for(self, key: Key) -> bool:
         """An open alarm speaks for every mechanism further down the table, at its site or, if it is the run's, everywhere."""

@@ -22,6 +22,7 @@ MARGIN: dict[str, dict[str, float]] = {
     "key_shift": {"bfloat16": 16, "float16": 32, "tf32": 32, "float32": 1024},
     "value_mass": {"bfloat16": 16, "float16": 32, "tf32": 32, "float32": 1024},
     "euler": {"bfloat16": 16, "float16": 32, "tf32": 32, "float32": 1024},
+    "shadow": {"bfloat16": 16, "float16": 16, "tf32": 32, "float32": 1024},
     "bias": {"bfloat16": 0.25, "float16": 0.5, "tf32": 0.5, "float32": 64},
 }
 MIN_SAMPLES = 8  # below 8 the jackknife's own spread makes |t| > 6 too easy (Student t with 7 degrees of freedom: 5e-4)
@@ -37,6 +38,9 @@ def floor(law: str, dtype: str) -> float:
     the values of a head share a large mean, dP - D cancels and amplifies it: 7u was seen early in a run. The limits are 16u,
     32u and, as float32 kernels differ most in how they add, 1024u = 6e-5. Products in TF32 round each factor to 2^-11 and are
     held to float16's limits. A one-sided rounding at three mantissa bits gives 20u to 40u of bfloat16, at one bit 100u.
+
+    *Shadow.* Rows recomputed in fp32 differ from the kernel's by the rounding of O and of P, at most u each: measured 0.4u to
+    1.2u. The limit is 16u. A kernel beyond it is already off in the forward pass.
 
     *Bias.* A one-sided rounding of the last stored bit has mean ``u / (2 ln 2) = 0.72u`` over log-uniform mantissas; a
     correct kernel's pooled estimate scatters by 0.03u (bfloat16, 20 samples) and 0.2u (float16, long sequences). The limits

@@ -42,19 +42,15 @@ class Collector:
         families: Sequence[str] | None,
         derived: Sequence[Any],
         weights: Sequence[Any],
-        detectors: Sequence[Any],
+        judge: Any,
         sinks: Sequence[Any],
         on_alarm: Callable[[Alarm], None],
         fail: Fail,
     ) -> None:
         self.instances, self.store = instances, store
         self.families = None if families is None else {*families, "run"}
-        self.derived, self.weights, self.detectors, self.sinks = (
-            list(derived),
-            list(weights),
-            list(detectors),
-            list(sinks),
-        )
+        self.derived, self.weights, self.sinks = list(derived), list(weights), list(sinks)
+        self.judge = judge
         self.on_alarm, self.fail = on_alarm, fail
         self.alarms: list[Alarm] = []
         self.seconds = 0.0
@@ -153,10 +149,7 @@ class Collector:
 
     def _judge(self, step: int, readings: Sequence[Reading]) -> None:
         sites = {instance.site.id: instance.site for instance in self.instances}
-        raised: list[Alarm] = []
-        for detector in self.detectors:
-            name = type(detector).__name__
-            raised += self._guarded(f"detector {name}", detector.update, step, readings, sites) or []
+        raised: list[Alarm] = self._guarded("judging", self.judge.update, step, readings, sites) or []
         for sink in self.sinks:
             self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:

@@ -42,7 +42,7 @@ class Watch:
         patterns: more `Pattern`s, for this watch alone.
         monitors: metric families to record (laws, attention, router, spectra, optim), and objects with
             ``update(step, sites) -> list[Reading]``; None is all families.
-        detectors: objects with ``update(step, readings, sites) -> list[Alarm]`` in place of the default `Judge`.
+        detectors: more objects with ``update(step, readings, sites) -> list[Finding]``, beside the built-in ones.
         baseline: run folders of healthy references.
         on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), or a callable taking the `Alarm`.
         sinks: more receivers of readings and alarms.
@@ -113,7 +113,7 @@ class Watch:
             families=self.settings.monitors,
             derived=[self._state["bias"]],
             weights=[self._state["spectra"], self._state["router"], *own],
-            detectors=[Judge(baseline=references)] if detectors is None else detectors,
+            judge=Judge(references, detectors=detectors or (), on_error=self.fail),
             sinks=[ConsoleSink(), *sinks],
             on_alarm=self._on_alarm,
             fail=self.fail,
@@ -204,9 +204,8 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on as if never stopped."""
         self._catch_up()
-        detectors = [d.state_dict() for d in self.collector.detectors if hasattr(d, "state_dict")]
         monitors = {name: monitor.state_dict() for name, monitor in self._state.items()}
-        return {"clock": self.clock.state_dict(), "monitors": monitors, "detectors": detectors}
+        return {"clock": self.clock.state_dict(), "monitors": monitors, "judge": self.collector.judge.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
@@ -214,9 +213,7 @@ class Watch:
         self._finished = self.clock.step
         for name, monitor in self._state.items():
             monitor.load_state_dict(state["monitors"][name])
-        detectors = [d for d in self.collector.detectors if hasattr(d, "load_state_dict")]
-        for detector, own in zip(detectors, state["detectors"], strict=False):
-            detector.load_state_dict(own)
+        self.collector.judge.load_state_dict(state["judge"])
 
     # -- what the other rooms call -----------------------------------------------------------------------------------
 
@@ -307,7 +304,7 @@ def sites(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Coverage:
         raise ConfigError(
             f"looking for sites: received {type(model).__name__}; give a module and its forward arguments"
         )
-    with _Survey(settings=Settings(), inner="eager", detectors=[]) as watch:
+    with _Survey(settings=Settings(), inner="eager") as watch:
         if isinstance(model, torch.nn.Module):
             watch.bind(model)
         torch.compile(model, backend=watch.backend)(*args, **kwargs)
