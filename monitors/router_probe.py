@@ -53,9 +53,11 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
         margin_T = worst_in - best_out
         bins = DECADES * BINS_A_DECADE
         position = (margin_T.clamp(min=1e-30).log10() + DECADES) * BINS_A_DECADE
-        bin_T = position.floor().clamp(-1, bins - 1).nan_to_num().long() + 1
-        counts = torch.zeros(bins + 1, device=logits_TE.device).scatter_add(0, bin_T, ones_T)
-        found |= {"margin": margin_T.sum(), "margin_bins": counts}
+        bin_T = position.nan_to_num().floor().clamp(-1, bins - 1).long() + 1
+        known_T = torch.isfinite(margin_T).float()  # a mask may leave no expert to lose against
+        counts = torch.zeros(bins + 1, device=logits_TE.device).scatter_add(0, bin_T, known_T)
+        margin = torch.where(known_T > 0, margin_T, 0.0).sum()
+        found |= {"margin": margin, "margin_tokens": known_T.sum(), "margin_bins": counts}
     if "input" in tensors:
         x = tensors["input"].float()
         found |= {
@@ -75,7 +77,7 @@ def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str,
 def _quantile(bins: Array, share: float) -> float:
     """The margin below which ``share`` of tokens lie, interpolated in its bin."""
     below = np.concatenate([[0.0], np.cumsum(bins)])
-    return float(np.interp(share * below[-1], below, MARGIN_EDGES))
+    return float(np.interp(share * below[-1], below, MARGIN_EDGES)) if below[-1] > 0 else np.nan
 
 
 def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -104,7 +106,7 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
                 "router/nonfinite": q["nonfinite"],
             }
             if "margin" in q:
-                found["router/margin"] = q["margin"] / tokens
+                found["router/margin"] = q["margin"] / q["margin_tokens"]
                 for name, share in (("p1", 0.01), ("p10", 0.10)):
                     found[f"router/margin_{name}"] = one(_quantile(q["margin_bins"], share))
             if "calls" in q:
