@@ -1,0 +1,222 @@
+"""The router probe against float64 arithmetic on the same logits, eagerly and through a compiled model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foreshock import Watch
+from foreshock.monitors.router_probe import ROUTER, finish, forward
+
+T, E, K = 64, 6, 2
+
+
+def _facts(**facts):
+    return {"experts": E, "top_k": K, "scoring": "softmax", **facts}
+
+
+def _logits(T: int = T, E: int = E, seed: int = 0) -> Tensor:
+    return torch.randn(T, E, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def _finished(facts, found) -> dict[str, np.ndarray]:
+    return dict(finish(facts, {name: x.reshape(-1).double().numpy() for name, x in found.items()}))
+
+
+def _run(facts, logits: Tensor, scores: Tensor | None = None, chosen: Tensor | None = None, **more: Tensor):
+    if scores is None:
+        scores = logits.softmax(-1) if facts["scoring"] == "softmax" else logits.sigmoid()
+    chosen = scores.topk(facts["top_k"])[1] if chosen is None else chosen
+    tensors = {"logits": logits, "scores": scores, "indices": chosen, **more}
+    return _finished(facts, forward(facts, tensors, torch.zeros(0)))
+
+
+def _close(got: np.ndarray, expected, rtol: float = 1e-5, atol: float = 1e-7) -> None:
+    np.testing.assert_allclose(got, np.asarray(expected, dtype=np.float64).reshape(-1), rtol=rtol, atol=atol)
+
+
+def _agree(got, logits: Tensor, chosen: Tensor, scores: Tensor, scoring: str) -> None:
+    """All router metrics, from float64 logits ``[T, E]``, selection scores and choices ``[T, k]``."""
+    tokens, experts = logits.shape
+    mass = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
+    p = mass / mass.sum(-1, keepdim=True)
+    entropy = -torch.special.xlogy(p, p).sum(-1).mean()
+    _close(got["router/entropy"], entropy)
+    _close(got["router/entropy_norm"], entropy / math.log(experts))
+    load = torch.bincount(chosen.reshape(-1), minlength=experts) / chosen.numel()
+    _close(got["router/load"], load)
+    _close(got["router/load_max_ratio"], load.max() * experts)
+    _close(got["router/max_violation"], load.max() * experts - 1, atol=1e-6)
+    _close(got["router/load_cv"], load.double().std(correction=0) * experts)
+    spread = -torch.special.xlogy(load.double(), load.double()).sum()
+    _close(got["router/load_entropy"], spread)
+    _close(got["router/effective_experts"], spread.exp())
+    gates = p.gather(-1, chosen)
+    gates = gates / gates.sum(-1, keepdim=True)
+    gate_mass = torch.zeros(experts, dtype=torch.float64).scatter_add(0, chosen.reshape(-1), gates.reshape(-1)) / tokens
+    _close(got["router/gate_mass"], gate_mass)
+    _close(got["router/z"], logits.logsumexp(-1).square().mean())
+    _close(got["router/logit_absmax"], logits.abs().max())
+    if chosen.shape[1] < experts:
+        ordered = scores.sort(-1, descending=True)[0]
+        margin = ordered[:, chosen.shape[1] - 1] - ordered[:, chosen.shape[1]]
+        _close(got["router/margin"], margin.mean())
+        for name, share in (("p1", 0.01), ("p10", 0.1)):
+            (value,) = got[f"router/margin_{name}"]
+            below = (margin < value * 10 ** (1 / 6)).double().mean(), (margin < value / 10 ** (1 / 6)).double().mean()
+            assert below[1] - 1 / tokens <= share <= below[0] + 1 / tokens
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 6])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_all_metrics(scoring: str, top_k: int) -> None:
+    logits = _logits()
+    facts = _facts(scoring=scoring, top_k=top_k)
+    got = _run(facts, logits)
+    exact = logits.double()
+    scores = exact.softmax(-1) if scoring == "softmax" else exact.sigmoid()
+    _agree(got, exact, scores.topk(top_k)[1], scores, scoring)
+    assert ("router/margin" in got) == (top_k < E)
+    assert got["router/dead_experts"] == [0]
+    assert got["router/nonfinite"] == [0]
+
+
+def test_a_selection_bias_moves_the_margin_and_not_the_gates() -> None:
+    logits, bias = _logits(), torch.linspace(-0.3, 0.3, E)
+    facts = _facts(scoring="sigmoid")
+    scores = logits.sigmoid() + bias
+    exact = logits.double()
+    biased = exact.sigmoid() + bias.double()
+    _agree(_run(facts, logits, scores), exact, biased.topk(K)[1], biased, "sigmoid")
+
+
+def test_batches_of_sequences_are_tokens() -> None:
+    logits = _logits()
+    got, flat = _run(_facts(), logits.view(4, 16, E)), _run(_facts(), logits)
+    assert got.keys() == flat.keys()
+    for name, values in got.items():
+        np.testing.assert_array_equal(values, flat[name])
+
+
+def test_dead_experts() -> None:
+    chosen = torch.tensor([[0, 1]] * 60 + [[2, 3]] * 4)
+    got = _run(_facts(), _logits(), chosen=chosen)
+    _close(got["router/load"], np.array([60, 60, 4, 4, 0, 0]) / 128)
+    _close(got["router/dead_experts"], [2 / 6])
+    _close(got["router/load_max_ratio"], [60 / 128 * 6])
+
+
+def test_collapse_and_balance_are_the_ends_of_the_scale() -> None:
+    one = _run(_facts(top_k=1), torch.tensor([[50.0] + [0.0] * 5]).expand(T, E))
+    _close(one["router/entropy"], [0])
+    _close(one["router/effective_experts"], [1])
+    _close(one["router/load_max_ratio"], [6])
+    _close(one["router/margin"], [1])
+    even = _run(_facts(), torch.zeros(T, E), chosen=torch.arange(2 * T).view(T, 2) % E)
+    _close(even["router/entropy_norm"], [1])
+    _close(even["router/margin"], [0])
+    _close(even["router/margin_p10"], [0], atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_a_value_that_is_no_number_is_counted_and_breaks_nothing(scoring: str, value: float) -> None:
+    logits = _logits()
+    logits[3, 2] = value
+    got = _run(_facts(scoring=scoring), logits)
+    assert got["router/nonfinite"] == [1]
+    assert not np.isfinite(got["router/logit_absmax"]).all()
+    _close(got["router/load"].sum(), [1])
+
+
+def test_tokens_without_another_expert_to_choose_have_no_margin() -> None:
+    logits, few = _logits(), torch.arange(T).unsqueeze(-1) < 40
+    scores = logits.sigmoid().masked_fill(few & (torch.arange(E) >= K), -math.inf)
+    got = _run(_facts(scoring="sigmoid"), logits, scores)
+    ordered = logits[40:].double().sigmoid().sort(-1, descending=True)[0]
+    _close(got["router/margin"], (ordered[:, K - 1] - ordered[:, K]).mean())
+    assert (got["router/margin_p10"] < 1).all()
+    assert np.isfinite(got["router/entropy"]).all()
+    none = _run(_facts(scoring="sigmoid"), logits, logits.masked_fill(torch.arange(E) >= K, -math.inf))
+    assert all(np.isnan(none[name]).all() for name in ("router/margin", "router/margin_p1", "router/margin_p10"))
+
+
+def test_the_input() -> None:
+    x = torch.randn(T, 8, generator=torch.Generator().manual_seed(1))
+    got = _run(_facts(), _logits(), input=x)
+    _close(got["router/input_rms"], x.double().square().mean().sqrt())
+    _close(got["router/input_absmax"], x.abs().max())
+    assert "router/input_rms" not in _run(_facts(), _logits())
+
+
+def test_bins_of_the_margin_add_up() -> None:
+    """Percentiles of two microbatches are those of all their tokens, for the sketches are summed, never averaged."""
+    logits = torch.cat([_logits() * 0.01, _logits(seed=1) * 3])
+    facts, parts = _facts(), {}
+    for half in logits.chunk(2):
+        scores = half.softmax(-1)
+        tensors = {"logits": half, "scores": scores, "indices": scores.topk(K)[1]}
+        for name, x in forward(facts, tensors, torch.zeros(0)).items():
+            known = parts.get(name)
+            parts[name] = x if known is None else torch.maximum(known, x) if name in ROUTER.maxima else known + x
+    merged, whole = _finished(facts, parts), _run(facts, logits)
+    for name, values in merged.items():
+        _close(values, whole[name])
+
+
+# -- through a compiled model --------------------------------------------------------------------------------------------
+
+
+class Mixture(nn.Module):
+    def __init__(self, scoring: str) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, E, bias=False)
+        self.experts = nn.Parameter(torch.randn(E, 8, 8) * 0.3)
+        self.scoring = scoring
+
+    def forward(self, x_TD):
+        logits_TE = self.gate(x_TD)
+        scores_TE = logits_TE.softmax(-1) if self.scoring == "softmax" else logits_TE.sigmoid()
+        weights_TK, chosen_TK = scores_TE.topk(K, dim=-1)
+        combine_TE = torch.zeros_like(scores_TE).scatter(-1, chosen_TK, weights_TK)
+        return torch.einsum("te,td,edf->tf", combine_TE, x_TD, self.experts)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_compiled_model_says_the_same(one_thread, inner: str, scoring: str) -> None:
+    model, x = Mixture(scoring), torch.randn(2, T, 8)
+    exact = Mixture(scoring).double()
+    exact.load_state_dict(model.state_dict())
+    logits, gradients = [], []
+    for batch in x.double():
+        seen = []
+
+        def remember(module, args, out, seen=seen) -> None:
+            out.retain_grad()
+            seen.append(out)
+
+        handle = exact.gate.register_forward_hook(remember)
+        exact(batch).square().sum().backward()
+        handle.remove()
+        logits.append(seen[0].detach())
+        gradients.append(seen[0].grad)
+    with Watch(every=1, inner=inner, strict=True) as watch:
+        compiled = torch.compile(model, backend=watch.backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for batch in x:
+            compiled(batch).square().sum().backward()
+        optimizer.step()
+        got = {name: watch.series(name)[1].reshape(-1) for name in watch.metrics()}
+        (site,) = watch.sites
+    assert (site.kind, site.experts, site.top_k, site.scoring) == ("router", E, K, scoring)
+    every = torch.cat(logits)
+    scores = every.softmax(-1) if scoring == "softmax" else every.sigmoid()
+    _agree(got, every, scores.topk(K)[1], scores, scoring)
+    _close(got["router/grad_norm"], torch.cat(gradients).square().sum().sqrt())
+    _close(got["router/input_rms"], x.double().square().mean().sqrt())
+    assert got["router/grad_nonfinite"] == [0]
