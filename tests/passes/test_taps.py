@@ -1,0 +1,126 @@
+"""Gradient taps: nothing passes through them changed, and what they see arrives in the slot."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from foreshock.passes.taps import ENTER, EXIT, register_statistics
+
+sdpa = functional.scaled_dot_product_attention
+ROLES = ("q", "k", "v")
+
+
+def _spec(name: str, **facts) -> str:
+    return json.dumps({"statistics": name, "roles": list(ROLES), "carrier_width": 8, **facts})
+
+
+def _inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 5, 8, generator=g).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def _tapped(inputs: list[Tensor], slot: Tensor, spec: str) -> Tensor:
+    *views, carrier_grad, carrier_out = ENTER(inputs, slot, spec)
+    return EXIT(sdpa(*views), [carrier_grad, carrier_out])
+
+
+def _compiled(backend: str):
+    torch._dynamo.reset()
+    return torch.compile(_tapped, backend=backend, fullgraph=True) if backend != "none" else _tapped
+
+
+def _sums(spec, tensors, gradients) -> list[Tensor]:
+    """Of all that a tap sees: sums of the four tensors and of the four gradients."""
+    order = (*ROLES, "out")
+    return [
+        torch.stack([t[role].float().sum() * spec.get("factor", 1) for role in order]) for t in (tensors, gradients)
+    ]
+
+
+register_statistics("test_sums", _sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["none", "aot_eager"])
+def test_output_and_gradients_pass_bitwise(one_thread, backend: str, dtype: torch.dtype) -> None:
+    weights = torch.randn(2, 3, 5, 8).to(dtype)
+    plain = _inputs(dtype)
+    expected = sdpa(*plain)
+    (expected * weights).sum().backward()
+    inputs, slot = _inputs(dtype), torch.zeros(8, requires_grad=True)
+    out = _compiled(backend)(inputs, slot, _spec("test_sums"))
+    assert torch.equal(out, expected)
+    (out * weights).sum().backward()
+    for got, exact in zip(inputs, plain, strict=True):
+        assert got.grad.dtype == dtype
+        assert torch.equal(got.grad, exact.grad)
+
+
+@pytest.mark.parametrize("backend", ["none", "aot_eager"])
+def test_statistics_of_every_tensor_and_gradient_arrive_in_the_slot(one_thread, backend: str) -> None:
+    inputs, slot = _inputs(), torch.zeros(8, requires_grad=True)
+    out = _compiled(backend)(inputs, slot, _spec("test_sums", factor=2))
+    do = torch.randn(out.shape)
+    out.backward(do)
+    tensors, gradients = [*inputs, out], [*(x.grad for x in inputs), do]
+    expected = torch.stack([2 * x.detach().float().sum() for x in (*tensors, *gradients)])
+    torch.testing.assert_close(slot.grad, expected)
+
+
+def test_slots_of_two_sites_do_not_mix(one_thread) -> None:
+    slot = torch.zeros(16, requires_grad=True)
+    first, second = slot.split([8, 8])
+    a, b = _inputs(), [x.detach().mul(2).requires_grad_() for x in _inputs()]
+    loss = _tapped(a, first, _spec("test_sums")).sum() + _tapped(b, second, _spec("test_sums", factor=0)).sum()
+    loss.backward()
+    assert slot.grad[:8].abs().sum() > 0
+    assert slot.grad[8:].eq(0).all()
+
+
+def test_an_unused_output_leaves_the_slot_empty(one_thread) -> None:
+    inputs, slot = _inputs(), torch.zeros(8, requires_grad=True)
+    *views, _, _ = ENTER(inputs, slot, _spec("test_sums"))
+    views[0].sum().backward()
+    assert slot.grad is None
+    assert torch.equal(inputs[0].grad, torch.ones_like(inputs[0]))
+    assert inputs[1].grad is None
+
+
+def test_a_tap_without_a_kernel(one_thread) -> None:
+    register_statistics("test_norm", lambda spec, tensors, grads: [grads["logits"].square().sum()])
+    logits, slot = torch.randn(4, 3, requires_grad=True), torch.zeros(1, requires_grad=True)
+    (view,) = ENTER([logits], slot, json.dumps({"statistics": "test_norm", "roles": ["logits"]}))
+    (view * 3).sum().backward()
+    torch.testing.assert_close(slot.grad, torch.tensor([9.0 * 12]))
+    assert torch.equal(logits.grad, torch.full((4, 3), 3.0))
+
+
+@pytest.mark.parametrize("backend", ["none", "aot_eager"])
+def test_a_statistic_that_fails_leaves_the_backward_as_it_is(one_thread, caplog, backend: str) -> None:
+    def fails(spec, tensors, gradients):
+        raise ValueError("no statistics today")
+
+    register_statistics("test_fails", fails)
+    plain = _inputs()
+    sdpa(*plain).sum().backward()
+    inputs, slot = _inputs(), torch.zeros(8, requires_grad=True)
+    with caplog.at_level(logging.WARNING, logger="foreshock"):
+        _compiled(backend)(inputs, slot, _spec("test_fails")).sum().backward()
+    assert all(torch.equal(got.grad, exact.grad) for got, exact in zip(inputs, plain, strict=True))
+    assert slot.grad is None or slot.grad.eq(0).all()
+    assert "no statistics today" in caplog.text
+
+
+def test_a_second_registration_replaces_the_first(one_thread) -> None:
+    for factor in (1.0, 5.0):
+        register_statistics("test_again", lambda spec, t, g, factor=factor: [g["logits"].sum() * factor])
+        logits, slot = torch.randn(3, requires_grad=True), torch.zeros(1, requires_grad=True)
+        (view,) = ENTER([logits], slot, json.dumps({"statistics": "test_again", "roles": ["logits"]}))
+        view.sum().backward()
+        assert slot.grad == 3 * factor
