@@ -40,11 +40,9 @@ class Backend:
 
     def _inner(self, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Compiled]:
         name = self._watch.inner
-        if callable(name):
-            return name
         if name == "inductor":
             return _torch.compile_fx(options, mode)
-        found = _torch.lookup_backend(name)
+        found = name if callable(name) else _torch.lookup_backend(name)
         extra = {key: value for key, value in (("mode", mode), ("options", options)) if value}
         return lambda gm, inputs: found(gm, inputs, **extra)
 
