@@ -14,6 +14,7 @@ from foreshock.monitors import policy
 from foreshock.monitors.finding import Finding
 from foreshock.monitors.laws import MIN_SAMPLES, UNIT_ROUNDOFF, floor
 from foreshock.monitors.policy import FINITE, LIMITS, Limit
+from foreshock.monitors.warmup import Warmup
 from foreshock.records import Array, Reading, Site
 
 
@@ -22,28 +23,23 @@ class Limits:
 
     def __init__(self, limits: Sequence[Limit] = LIMITS, warmup: int = 0) -> None:
         self.limits = {limit.metric: limit for limit in limits}
-        self.warmup = warmup
+        self.warmup = Warmup(warmup)
         self._run: dict[tuple[str, str | None], tuple[int, int]] = {}  # samples in a row, and the step of the first
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         """A finding for every bound that is broken now and has been for long enough."""
         findings = []
+        warming = self.warmup.update(step, readings)
         for reading in readings:
             limit = self.limits.get(reading.metric)
-            if limit is not None and not (limit.settled and step < self.warmup):
+            if limit is not None and not (limit.settled and warming):
                 worst = int(np.argmax(np.nan_to_num(reading.values, nan=-math.inf, posinf=math.inf)))
-                broken, samples, expected = (
-                    float(reading.values[worst]) > limit.above,
-                    limit.samples,
-                    f"at most {limit.above:g}",
-                )
+                broken, samples, steps = float(reading.values[worst]) > limit.above, limit.samples, limit.steps
+                expected = f"at most {limit.above:g}"
             elif reading.metric in FINITE:
                 worst = int(np.argmin(np.isfinite(reading.values)))
-                broken, samples, expected = (
-                    not np.isfinite(reading.values[worst]),
-                    FINITE[reading.metric],
-                    "a finite value",
-                )
+                broken, samples, steps = not np.isfinite(reading.values[worst]), FINITE[reading.metric], 0
+                expected = "a finite value"
             else:
                 continue
             key = (reading.metric, reading.site)
@@ -52,7 +48,7 @@ class Limits:
                 continue
             count, onset = self._run.get(key, (0, step))
             self._run[key] = (count + 1, onset)
-            if count + 1 >= samples:
+            if count + 1 >= samples and step - onset >= steps:
                 value = float(reading.values[worst])
                 index = worst if len(reading.values) > 1 else None
                 score = value / limit.above if limit is not None and limit.above > 0 else math.inf
@@ -60,10 +56,11 @@ class Limits:
         return findings
 
     def state_dict(self) -> dict[str, Any]:
-        return {"run": [[*key, *value] for key, value in self._run.items()]}
+        return {"run": [[*key, *value] for key, value in self._run.items()], "warmup": self.warmup.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._run = {(metric, site): (count, onset) for metric, site, count, onset in state["run"]}
+        self.warmup.load_state_dict(state["warmup"])
 
 
 class LawTest:

@@ -12,7 +12,8 @@ from foreshock.errors import ConfigError
 from foreshock.monitors.cusum import Cusum
 from foreshock.monitors.finding import Finding
 from foreshock.monitors.forecast import Forecast, median
-from foreshock.monitors.policy import SPACING, TRENDS, WARMUP_SAMPLES, Trend
+from foreshock.monitors.policy import SPACING, TRENDS, Trend
+from foreshock.monitors.warmup import Warmup
 from foreshock.records import Array, Reading, Site
 
 HINT = 0.4  # share of the limit from which a series may help to name a mechanism
@@ -90,21 +91,19 @@ class Drift:
     def __init__(
         self, trends: Sequence[Trend] = TRENDS, reference: Sequence[Run] = (), warmup: int = 0, spacing: int = SPACING
     ) -> None:
-        self.trends, self.warmup, self.spacing = tuple(trends), warmup, spacing
+        self.trends, self.warmup, self.spacing = tuple(trends), Warmup(warmup), spacing
         self.columns = Columns(self.trends)
         self.forecast = Forecast()
         self.cusum, self.reference_cusum = Cusum(), Cusum()
         self._band = Band(reference)
         self._last = -spacing
-        self._rate = -math.inf
-        self._settling = WARMUP_SAMPLES
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         """Every series that is out now (score above 1), and the hints."""
         if step < self._last + self.spacing:
             return []
         self._last = step
-        if self._warming(step, readings):
+        if self.warmup.update(step, readings):
             return []
         values, raw, worst = self.columns.row(readings)
         if not len(values):
@@ -128,15 +127,6 @@ class Drift:
             self.reference_cusum.update(step, z, limit)
             findings += self._findings(step, self.reference_cusum, limit, raw, middle, worst, "the reference")
         return findings
-
-    def _warming(self, step: int, readings: Sequence[Reading]) -> bool:
-        """Whether the first rise of the learning rate, and the bend of the curves after it, is still going on."""
-        rate = next((float(reading.values.max()) for reading in readings if reading.metric == "optim/lr"), None)
-        if step < self.warmup or (rate is not None and rate > self._rate and self._settling == WARMUP_SAMPLES):
-            self._rate = self._rate if rate is None else rate
-            return True
-        self._settling -= self._settling > 0
-        return self._settling > 0
 
     def _shared(self, spread: Array) -> Array:
         """A spread below half of its kind's median over the sites is luck: it is raised to that."""
@@ -177,7 +167,8 @@ class Drift:
             "forecast": self.forecast.state_dict(),
             "cusum": self.cusum.state_dict(),
             "reference": self.reference_cusum.state_dict(),
-            "clock": [self._last, self._rate, self._settling],
+            "last": self._last,
+            "warmup": self.warmup.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -185,7 +176,8 @@ class Drift:
         self.forecast.load_state_dict(state["forecast"])
         self.cusum.load_state_dict(state["cusum"])
         self.reference_cusum.load_state_dict(state["reference"])
-        self._last, self._rate, self._settling = state["clock"]
+        self._last = state["last"]
+        self.warmup.load_state_dict(state["warmup"])
 
 
 class Band:

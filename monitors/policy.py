@@ -29,13 +29,14 @@ class Trend:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A bound that needs no history: ``samples`` readings in a row above ``above`` are a finding."""
+    """A bound that needs no history: ``samples`` readings in a row above ``above``, over ``steps`` at least, are a finding."""
 
     metric: str
     above: float
     samples: int
     source: str
     settled: bool = False  # only once the warm-up is over
+    steps: int = 0
 
 
 # fmt: off
@@ -61,7 +62,8 @@ LIMITS: tuple[Limit, ...] = (
     Limit("router/grad_nonfinite", 0, 3, "as for attention/grad_nonfinite"),
     Limit("attention/grad_nonfinite", 0, 3, "a loss scaler overflows single steps on purpose, not three in a row"),
     Limit("attention/logit_max", 100, 2, "[K]: clipping threshold; one sample may be an outlier token", settled=True),
-    Limit("router/dead_experts", 0, 5, "[B]: an expert below a tenth of its share, and it stays there", settled=True),
+    Limit("router/dead_experts", 0, 5, "[B]: below a tenth of its share; a healthy young router starves one for 50 steps [M]",
+          settled=True, steps=100),
 )
 
 # Scalars whose own value must be finite: samples in a row, and why not one.

@@ -214,6 +214,6 @@ def test_version_and_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert capsys.readouterr().out.startswith("foreshock 0.")
     seen: list[object] = []
     driver = pytest.importorskip("foreshock.demo.driver")
-    monkeypatch.setattr(driver, "run_demo", lambda out, quick: seen.extend((out, quick)) or 3)
-    assert call(monkeypatch, "demo", "--out", tmp_path, "--quick") == 3
-    assert seen == [tmp_path, True]
+    monkeypatch.setattr(driver, "run_demo", lambda out, quick, seed: seen.extend((out, quick, seed)) or 3)
+    assert call(monkeypatch, "demo", "--out", tmp_path, "--quick", "--seed", 5) == 3
+    assert seen == [tmp_path, True, 5]

@@ -134,11 +134,12 @@ def metrics(as_json: AsJson = False) -> None:
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the runs go.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A minute or two instead of several.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Of the model and the batches.")] = None,
 ) -> None:
     """Train a small mixture-of-experts model, break it on purpose, and show the alarms and their lead."""
-    from foreshock.demo.driver import run_demo
+    from foreshock.demo.driver import SEED, run_demo
 
-    raise typer.Exit(run_demo(out, quick))
+    raise typer.Exit(run_demo(out, quick, SEED if seed is None else seed))
 
 
 def _print_coverage(coverage: Coverage) -> None:

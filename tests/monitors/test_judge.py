@@ -164,9 +164,18 @@ def test_dead_experts_must_stay_dead() -> None:
     def dying(until):
         return lambda name, site, values, n: values + 1 if name == "router/dead_experts" and 60 <= n < until else values
 
-    assert Stream().run(90, dying(64)) == []
+    assert Stream().run(90, dying(69)) == []
     (alarm,) = Stream().run(90, dying(90))
-    assert (alarm.step, alarm.onset) == (640, 600)
+    assert (alarm.step, alarm.onset) == (700, 600)
+
+
+def test_an_expert_may_starve_while_the_learning_rate_warms_up() -> None:
+    def early(name, site, values, n):
+        if name == "optim/lr":
+            return values * min((n + 1) / 20, 1.0)
+        return values + 1 if name == "router/dead_experts" and n < 20 else values
+
+    assert Stream().run(60, early) == []
 
 
 def test_a_judge_resumes_where_it_stopped() -> None:

@@ -14,7 +14,7 @@ from foreshock.demo.departure import RULE, departure
 from foreshock.demo.train import FAULTS, train
 from foreshock.monitors.report import write_report
 
-SEED = 1
+SEED = 7  # thresholds and faults were chosen on seeds from 100 up; seeds below 100 are for reporting
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Outcome:
     sites: dict[str, str]  # site id -> module path
 
 
-def run_demo(out: Path, quick: bool = False) -> int:
+def run_demo(out: Path, quick: bool = False, seed: int = SEED) -> int:
     """Train every scenario under ``out`` and print the table.
 
     Returns 0 if each fault was heard before the loss departed and the healthy run was silent, else 1.
@@ -58,7 +58,7 @@ def run_demo(out: Path, quick: bool = False) -> int:
     columns = TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
-            outcomes = {name: _watched(name, out / name, plan, corpus, progress) for name in ("none", *plan.faults)}
+            outcomes = {name: _watched(name, out / name, plan, seed, corpus, progress) for name in ("none", *plan.faults)}
     finally:
         torch.set_num_threads(threads)
     healthy = outcomes.pop("none")
@@ -72,7 +72,7 @@ def run_demo(out: Path, quick: bool = False) -> int:
     return 0 if heard and not healthy.alarms else 1
 
 
-def _watched(name: str, run: Path, plan: Plan, corpus: Corpus, progress: Progress) -> Outcome:
+def _watched(name: str, run: Path, plan: Plan, seed: int, corpus: Corpus, progress: Progress) -> Outcome:
     task = progress.add_task(name, total=plan.steps, loss="compiling")
     torch.compiler.reset()
     with foreshock.Watch(run, every=10) as watch:
@@ -82,7 +82,7 @@ def _watched(name: str, run: Path, plan: Plan, corpus: Corpus, progress: Progres
             progress.update(task, completed=step + 1, loss=f"loss {loss:.3f}")
 
         result = train(
-            watch.backend, steps=plan.steps, seed=SEED, fault=FAULTS[name], at=plan.at, corpus=corpus, on_step=on_step
+            watch.backend, steps=plan.steps, seed=seed, fault=FAULTS[name], at=plan.at, corpus=corpus, on_step=on_step
         )
     alarms = sorted(watch.alarms, key=lambda alarm: alarm.step)
     return Outcome(result.losses, alarms, {site.id: site.name for site in watch.sites})
