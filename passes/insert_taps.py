@@ -56,9 +56,11 @@ def _tap(plan: Plan, site: SitePlan, sizes: dict[str, int]) -> None:
     match, probe = site.match, site.probe
     assert probe.backward is not None
     backward = probe.backward
-    register_statistics(probe.name, lambda spec, tensors, grads: list(backward(spec, tensors, grads).values()))
+    name = f"{probe.name}:{getattr(backward, '__qualname__', '')}:{_version(backward)}"
+    report = plan.report and functools.partial(plan.report, f"gradient statistics of probe `{probe.name}`")
+    register_statistics(name, lambda spec, tensors, grads: list(backward(spec, tensors, grads).values()), report)
     roles = _tapped(site)
-    spec: dict[str, Any] = {**site.facts, "statistics": probe.name, "roles": roles, "version": _version(backward)}
+    spec: dict[str, Any] = {**site.facts, "statistics": name, "roles": roles}
     if match.operands:
         spec["carrier_width"] = int(match.facts["value_dim"])
     recorder = Recorder(plan.graph, plan.fake_mode, "insert_taps", site.label)

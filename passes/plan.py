@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,7 @@ class Plan:
     device: torch.device
     rows: int
     strict: bool
+    report: Callable[[str, Exception], None] | None = None  # for failures that show only once the graph runs
     forward: list[Quantity] = field(default_factory=list)
     backward: list[Quantity] = field(default_factory=list)
     pieces: list[Node] = field(default_factory=list)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,14 +28,23 @@ Statistics = Callable[[Spec, Mapping[str, Tensor], Mapping[str, Tensor]], list[T
 
 _log = logging.getLogger("foreshock")
 _statistics: dict[str, Statistics] = {}
+_on_error: dict[str, Callable[[Exception], None]] = {}
 _library = torch.library.Library("foreshock", "DEF")
 _library.define("enter(Tensor[] inputs, Tensor slot, str spec) -> Tensor[]")
 _library.define("exit(Tensor out, Tensor[] carriers) -> Tensor")
 
 
-def register_statistics(name: str, function: Statistics) -> None:
-    """Make ``function`` available to taps whose spec says ``{"statistics": name}``."""
+def register_statistics(name: str, function: Statistics, on_error: Callable[[Exception], None] | None = None) -> None:
+    """Make ``function`` available to taps whose spec says ``{"statistics": name}``.
+
+    Where it fails, ``on_error`` is told (the log, if there is none), the site's piece is NaN and the backward goes on.
+    """
     _statistics[name] = function
+    _on_error[name] = on_error or functools.partial(_warn, name)
+
+
+def _warn(name: str, error: Exception) -> None:
+    _log.warning("reading gradients with `%s` failed: %s; they are left out", name, error)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -47,7 +57,7 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: str, slot: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
-        ctx.spec = spec
+        ctx.spec, ctx.slot_size = spec, slot.shape[0]
         ctx.set_materialize_grads(False)
         views = tuple(x.view_as(x) for x in inputs)
         width = _parse(spec).get("carrier_width")
@@ -75,8 +85,8 @@ class _Enter(torch.autograd.Function):
             pieces = _statistics[spec["statistics"]](spec, tensors, detached)
             stats = torch.cat([piece.reshape(-1).float() for piece in pieces])
         except Exception as error:
-            _log.warning("reading gradients with `%s` failed: %s; they are left out", spec["statistics"], error)
-            return (None, None, *passed_on)
+            _on_error[spec["statistics"]](error)
+            stats = torch.full((ctx.slot_size,), math.nan, device=inputs[0].device)
         return (None, stats, *passed_on)
 
 

@@ -64,10 +64,9 @@ class Backend:
         fakes = [node.meta.get("example_value") for node in copied.graph.nodes if node.op == "placeholder"]
         fake_mode = _torch.fake_mode_of([fake for fake in fakes if isinstance(fake, torch.Tensor)])
         device = sites[0].match.roles[next(iter(sites[0].match.roles))].meta["example_value"].device
-        rewritten = None
-        if training:
-            rewritten = instrument(Plan(copied, sites, fake_mode, device, watch.settings.rows, watch.settings.strict))
-        for what, error in rewritten.failures if rewritten is not None else ():
+        plan = Plan(copied, sites, fake_mode, device, watch.settings.rows, watch.settings.strict, watch.fail)
+        rewritten = instrument(plan) if training else None
+        for what, error in plan.failures:
             watch.fail(what, error)
         context = _torch.current_context()
         symbolic = any(not isinstance(size, int) for fake in fakes for size in _sizes(fake))

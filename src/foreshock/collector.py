@@ -92,14 +92,17 @@ class Collector:
         self._samples = [s for s in self._samples if s.step != step]
         scalars = [(name, value) for at, name, value in self._scalars if at == step]
         self._scalars = [entry for entry in self._scalars if entry[0] != step]
-        readings = [Reading(f"run/{name}", None, np.array([float(value)])) for name, value in scalars]
+        readings = []
+        for name, value in scalars:
+            number = self._guarded(f"reading the logged `{name}`", float, value)
+            readings += [] if number is None else [Reading(f"run/{name}", None, np.array([number]))]
         training = [s for s in samples if s.is_training()]
         if training:
             readings += self._measure(step, training)
         self._guarded("writing to the store", self.store.write, step, readings)
         if training:
             self._judge(step, readings)
-            self._guarded("flushing the store", self.store.flush)
+            self._guarded("writing to the store", self.store.flush)
 
     def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
         readings = []

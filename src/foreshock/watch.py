@@ -184,14 +184,22 @@ class Watch:
         """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""
         if self._closed:
             return
-        self.collector.finish(_EVERYTHING)
-        self.flush()
-        self._closed = True
-        self._hook.remove()
-        atexit.unregister(self.close)
-        for sink in self.collector.sinks:
-            sink.close()
-        self.collector.store.close()
+        try:
+            self.collector.finish(_EVERYTHING)
+            self.flush()
+        finally:
+            self._closed = True
+            self._hook.remove()
+            atexit.unregister(self.close)
+            for sink in self.collector.sinks:
+                self._close(f"sink {type(sink).__name__}", sink)
+            self._close("writing to the store", self.collector.store)
+
+    def _close(self, what: str, target: Any) -> None:
+        try:
+            target.close()
+        except Exception as error:
+            self.fail(what, error)
 
     def __enter__(self) -> Watch:
         return self

@@ -103,9 +103,14 @@ def test_a_second_failure_keeps_what_stood_before_it(capture) -> None:
     recorder, result = _write(captured, lambda x: x.exp())
     kept = str(captured.module.graph)
     last = next(iter(reversed(captured.module.graph.nodes)))
-    with pytest.raises(RuntimeError), recorder.before(last):
-        result.log()
-        raise RuntimeError
+
+    def again() -> None:
+        with recorder.before(last):
+            result.log()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        again()
     assert str(captured.module.graph) == kept
     assert recorder.nodes == [result.node]
 

@@ -113,8 +113,20 @@ def test_a_statistic_that_fails_leaves_the_backward_as_it_is(one_thread, caplog,
     with caplog.at_level(logging.WARNING, logger="foreshock"):
         _compiled(backend)(inputs, slot, _spec("test_fails")).sum().backward()
     assert all(torch.equal(got.grad, exact.grad) for got, exact in zip(inputs, plain, strict=True))
-    assert slot.grad is None or slot.grad.eq(0).all()
+    assert slot.grad.isnan().all()
     assert "no statistics today" in caplog.text
+
+
+def test_a_statistic_that_fails_is_told_to_whoever_asked(one_thread, caplog) -> None:
+    def fails(spec, tensors, gradients):
+        raise ValueError("no statistics today")
+
+    told: list[Exception] = []
+    register_statistics("test_told", fails, told.append)
+    inputs, slot = _inputs(), torch.zeros(8, requires_grad=True)
+    _tapped(inputs, slot, _spec("test_told")).sum().backward()
+    assert [str(error) for error in told] == ["no statistics today"]
+    assert caplog.text == ""
 
 
 def test_a_second_registration_replaces_the_first(one_thread) -> None:
