@@ -166,7 +166,7 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
                 found[f"attention/{role}_rms"] = np.sqrt(q[f"{role}_mean_square"] / q["calls"])
                 found[f"attention/{role}_absmax"] = q[f"{role}_absmax"]
             found["attention/nonfinite"] = q["nonfinite"]
-        if "row_count" in q:
+        if "row_count" in q and (q["row_count"].any() or q["nonfinite"].any()):  # else every sampled row was masked
             n = q["row_count"]
             mean = q["row_entropy"] / n
             found |= {

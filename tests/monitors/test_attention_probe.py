@@ -181,6 +181,15 @@ def test_a_head_that_sees_nothing_has_no_rows() -> None:
     assert got["attention/nonfinite"].tolist() == [0, 0, 0, 0]
 
 
+def test_a_sample_of_padding_alone_is_no_sign_of_a_fault() -> None:
+    t = _tensors(S=3, T=3)
+    nothing = torch.zeros(3, 3).bool()
+    got = _run(t, _facts(t["q"], t["k"]), nothing)
+    assert not any(name.startswith(("attention/lse", "attention/entropy", "attention/logit")) for name in got)
+    t["q"][0, 0, 0, 0] = math.nan
+    assert np.isnan(_run(t, _facts(t["q"], t["k"]), nothing)["attention/lse"]).all()
+
+
 def test_sampled_rows_are_rows_of_the_sampled_sequences() -> None:
     t = _tensors(B=6, S=9, T=9)
     facts = _facts(t["q"], t["k"], causal=True, rows=8)
