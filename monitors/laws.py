@@ -1,4 +1,4 @@
-"""How large a law's residual may be in a correct kernel, and the rounding-bias estimate (docs/laws.md).
+"""How large a law's residual may be in a correct kernel, and the rounding-bias estimate.
 
 A law's residual is set by the unit roundoff ``u`` of the dtype in which the kernel stores P, O and dK: 2^-8 for bfloat16,
 2^-11 for float16, 2^-24 for float32.
