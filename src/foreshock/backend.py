@@ -130,6 +130,7 @@ class Backend:
             if known is not None:
                 return known
             found = cache[key] = []
+            instances.parameter_ids.update(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))
             for site, roles in zip(sites, where, strict=True):
                 held: Held = {role: tuple(args[i] for i in indices) for role, indices in roles.items()}
                 found.append(instances.resolve(site.match, site.label, site.probe, site.facts, held))

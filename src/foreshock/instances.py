@@ -56,7 +56,6 @@ class Instances:
         found = self._by_key.get(key)
         if found is None:
             found = self._by_key[key] = self._make(match, name, probe, facts, held)
-            self.parameter_ids.update(weights)
         return found
 
     def _make(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
