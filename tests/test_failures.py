@@ -284,7 +284,7 @@ def test_an_error_of_the_model_itself_is_the_models(one_thread) -> None:
 @pytest.mark.parametrize("cause", ["forward probe", "gradient probe", "compiling the instrumented graph"])
 def test_later_sampling_meets_the_same_failures(plain, warnings_logged, cause: str) -> None:
     """With ``every=2`` the second variant is compiled in mid-run."""
-    options, begins, _ = CAUSES[cause]
+    options = CAUSES[cause][0]
     with _watch({**options(), "every": 2}) as watch:
         watch.clock.step = 1
         trained = _train(watch.backend)
