@@ -13,8 +13,9 @@ from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER, last_per_weight
+from foreshock.patterns.unwatched import UNWATCHED
 
-BUILTIN: tuple[Pattern, ...] = (SDPA, ROUTER)
+BUILTIN: tuple[Pattern, ...] = (SDPA, ROUTER, *UNWATCHED)
 _registered: list[Pattern] = []
 
 

@@ -51,9 +51,10 @@ class Miss:
         return False
 
     def __str__(self) -> str:
-        where = self.anchor.meta.get("stack_trace", "").strip().splitlines()
-        line = f" ({where[-2].strip()}: {where[-1].strip()})" if len(where) >= 2 else ""
-        return f"{self.anchor.name}: {self.reason}{line}"
+        trace = [line.strip() for line in self.anchor.meta.get("stack_trace", "").splitlines()]
+        files = [position for position, line in enumerate(trace) if line.startswith("File ")]
+        where = f" ({' '.join(trace[files[-1] : files[-1] + 2])})" if files else ""
+        return f"{self.anchor.name}: {self.reason}{where}"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ class Backend:
         return lambda gm, inputs: found(gm, inputs, **extra)
 
     def _watched(self, gm: GraphModule, inputs: list[Any], inner: Callable[..., Compiled]) -> WatchedGraph | None:
-        watch = self._watch
+        watch, start = self._watch, time.perf_counter()
         copied, _ = copy_graph(gm)
         view = GraphView.of(copied.graph, inputs, watch.instances.names)
         watch.instances.learn_names({id(view.parameters[node]): name for node, name in view.names.items()})
@@ -66,6 +67,7 @@ class Backend:
         device = sites[0].match.roles[next(iter(sites[0].match.roles))].meta["example_value"].device
         plan = Plan(copied, sites, fake_mode, device, watch.settings.rows, watch.settings.strict, watch.fail)
         rewritten = instrument(plan) if training else None
+        watch.rewriting_seconds += time.perf_counter() - start
         for what, error in plan.failures:
             watch.fail(what, error)
         context = _torch.current_context()

@@ -98,7 +98,8 @@ class Watch:
         self._graph_breaks = _torch.graph_breaks()
         self._finished = 0
         self._closed = False
-        self._started = time.time()
+        self._started = time.perf_counter()
+        self.rewriting_seconds = 0.0
         store: Store = MemoryStore() if self.settings.run is None else RunStore(self.settings.run)
         references = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors or () if not isinstance(m, str)]
@@ -174,11 +175,20 @@ class Watch:
         self._catch_up()
         store = self.collector.store
         try:
-            store.meta(steps=self.step, cost={"seconds": self.collector.seconds, "wall": time.time() - self._started})
+            store.meta(steps=self.step, cost=self.cost())
             store.coverage(self.coverage)
             store.flush()
         except Exception as error:
             self.fail("writing to the store", error)
+
+    def cost(self) -> dict[str, str]:
+        """What watching took on the host so far, beside the wall clock; the sampled steps' own extra work is not in it."""
+        wall = time.perf_counter() - self._started
+        own = {"matching and rewriting": self.rewriting_seconds, "measuring, judging, storing": self.collector.seconds}
+        shares = {name: f"{seconds:.2f} s ({seconds / wall:.1%} of the wall clock)" for name, seconds in own.items()}
+        sampled = sum(instance.sampled for instance in self.instances)
+        evaluations = max(1, sum(instance.evaluations for instance in self.instances))
+        return {**shares, "sampled evaluations": f"{sampled / evaluations:.1%}", "wall clock": f"{wall:.1f} s"}
 
     def close(self) -> None:
         """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""

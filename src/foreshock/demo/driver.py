@@ -26,7 +26,7 @@ class Plan:
     faults: tuple[str, ...]
 
 
-FULL = Plan(steps=1000, at=400, faults=("attention", "router", "learning-rate"))
+FULL = Plan(steps=1200, at=400, faults=("attention", "router", "learning-rate"))
 QUICK = Plan(steps=100, at=40, faults=("attention",))
 
 
@@ -58,7 +58,9 @@ def run_demo(out: Path, quick: bool = False, seed: int = SEED) -> int:
     columns = TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
-            outcomes = {name: _watched(name, out / name, plan, seed, corpus, progress) for name in ("none", *plan.faults)}
+            outcomes = {
+                name: _watched(name, out / name, plan, seed, corpus, progress) for name in ("none", *plan.faults)
+            }
     finally:
         torch.set_num_threads(threads)
     healthy = outcomes.pop("none")

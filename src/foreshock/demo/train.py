@@ -42,6 +42,7 @@ class Fault:
     note: str
     learning_rate: Ramp = Ramp()
     router_learning_rate: Ramp = Ramp()
+    query_key_learning_rate: Ramp = Ramp()
     attention: kernel.Fault = kernel.HEALTHY
     balance: float = 1.0
 
@@ -62,10 +63,14 @@ FAULTS = {
         attention=kernel.Fault(delta=Rounding(bits=0)),
     ),
     "router": Fault(
-        "the learning rate of the routers ramps up a hundredfold over 400 steps", router_learning_rate=Ramp(100, 400)
+        "the learning rate of the routers ramps up a hundredfold over 800 steps", router_learning_rate=Ramp(100, 800)
     ),
     "router-balance": Fault("the load-balancing loss turns its sign and grows tenfold", balance=-10.0),
-    "learning-rate": Fault("the learning rate ramps up thirtyfold over 800 steps", Ramp(30, 800), Ramp(30, 800)),
+    "learning-rate": Fault(
+        "the learning rate of the query and key weights ramps up thirtyfold over 800 steps",
+        query_key_learning_rate=Ramp(30, 800),
+    ),
+    "learning-rate-everywhere": Fault("the learning rate ramps up thirtyfold over 800 steps", *[Ramp(30, 800)] * 3),
 }
 
 
@@ -76,12 +81,13 @@ class Result:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with the routers in a group of their own (the second)."""
-    routers = [p for name, p in model.named_parameters() if ".router." in name]
-    others = [p for name, p in model.named_parameters() if ".router." not in name]
-    return torch.optim.AdamW(
-        [{"params": others}, {"params": routers}], lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    """AdamW with the routers, and the query and key weights, in groups of their own (the second and the third)."""
+    named = dict(model.named_parameters())
+    routers = [name for name in named if ".router." in name]
+    query_key = [name for name in named if ".q_proj." in name or ".k_proj." in name]
+    others = [name for name in named if name not in {*routers, *query_key}]
+    groups = [{"params": [named[name] for name in names]} for names in (others, routers, query_key)]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
 def train(
@@ -108,7 +114,8 @@ def train(
         if step == at:
             kernel.set_fault(fault.attention)
         warm = LEARNING_RATE * min((step + 1) / WARMUP, 1.0)
-        for group, ramp in zip(optimizer.param_groups, (fault.learning_rate, fault.router_learning_rate), strict=True):
+        ramps = fault.learning_rate, fault.router_learning_rate, fault.query_key_learning_rate
+        for group, ramp in zip(optimizer.param_groups, ramps, strict=True):
             group["lr"] = warm * ramp(step - at)
         loss, balance = model(tokens)
         (loss + BALANCE * (fault.balance if broken else 1.0) * balance).backward()
