@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # everybody's name for it
 from torch import Tensor
 
-from foreshock.demo import kernel
+import foreshock
+from foreshock.demo import driver, kernel
 from foreshock.demo.data import standard_library
 from foreshock.demo.departure import departure
 from foreshock.demo.kernel import Fault, Rounding
 from foreshock.demo.model import Config, Transformer
 from foreshock.demo.train import Ramp
+from foreshock.monitors.diagnosis import TABLE
 
 SCALE = 0.25
 
@@ -156,3 +158,21 @@ def test_watching_changes_no_bit(tmp_path: Path):
     assert torch.equal(plain["losses"], watched["losses"])
     assert plain["parameters"].keys() == watched["parameters"].keys()
     assert all(torch.equal(value, watched["parameters"][name]) for name, value in plain["parameters"].items())
+
+
+def test_in_time_wants_the_right_mechanism_between_fault_and_departure() -> None:
+    def alarm(step: int, mechanism: str = "a") -> foreshock.Alarm:
+        return foreshock.Alarm(step, step, None, "m", 1.0, "", "warning", mechanism, (), "")
+
+    assert driver._in_time([alarm(410)], "a", 400, 500)
+    assert driver._in_time([alarm(410), alarm(450, "b")], "a", 400, None)
+    assert not driver._in_time([], "a", 400, 500)
+    assert not driver._in_time([alarm(390), alarm(410)], "a", 400, 500)
+    assert not driver._in_time([alarm(500)], "a", 400, 500)
+    assert not driver._in_time([alarm(410, "b"), alarm(420)], "a", 400, 500)
+
+
+def test_every_shown_fault_has_an_expected_mechanism_that_the_diagnosis_knows() -> None:
+    known = {row.mechanism for row in TABLE}
+    assert set(driver.FULL.faults) | set(driver.QUICK.faults) <= set(driver.EXPECTED)
+    assert set(driver.EXPECTED.values()) <= known

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -27,6 +28,11 @@ class Plan:
 
 
 FULL = Plan(steps=1200, at=400, faults=("attention", "router", "learning-rate"))
+EXPECTED = {
+    "attention": "low-precision attention kernel",
+    "router": "router learning rate too large",
+    "learning-rate": "learning rate too large",
+}
 QUICK = Plan(steps=100, at=40, faults=("attention",))
 
 
@@ -42,7 +48,7 @@ class Outcome:
 def run_demo(out: Path, quick: bool = False, seed: int = SEED) -> int:
     """Train every scenario under ``out`` and print the table.
 
-    Returns 0 if each fault was heard before the loss departed and the healthy run was silent, else 1.
+    Returns 0 if each fault was heard and named before the loss departed and the healthy run was silent, else 1.
     """
     console = Console()
     plan = QUICK if quick else FULL
@@ -70,7 +76,9 @@ def run_demo(out: Path, quick: bool = False, seed: int = SEED) -> int:
     report = out / f"{plan.faults[0]}.html"
     write_report(foreshock.open_run(out / plan.faults[0]), report)
     console.print(f"runs:   {out.resolve()}\nreport: {report.resolve()}", soft_wrap=True)
-    heard = all(_in_time(outcome.alarms, departures[name], plan.at) for name, outcome in outcomes.items())
+    heard = all(
+        _in_time(outcome.alarms, EXPECTED[name], plan.at, departures[name]) for name, outcome in outcomes.items()
+    )
     return 0 if heard and not healthy.alarms else 1
 
 
@@ -90,26 +98,26 @@ def _watched(name: str, run: Path, plan: Plan, seed: int, corpus: Corpus, progre
     return Outcome(result.losses, alarms, {site.id: site.name for site in watch.sites})
 
 
-def _in_time(alarms: list[foreshock.Alarm], departed: int | None, at: int) -> bool:
-    return bool(alarms) and at <= alarms[0].step and (departed is None or alarms[0].step < departed)
+def _in_time(alarms: list[foreshock.Alarm], mechanism: str, at: int, departed: int | None) -> bool:
+    """Whether the first alarm came after the fault, before the loss departed, and named the right mechanism."""
+    if not alarms or alarms[0].mechanism != mechanism:
+        return False
+    return at <= alarms[0].step and (departed is None or alarms[0].step < departed)
 
 
 def _table(healthy: Outcome, faulty: dict[str, Outcome], departures: dict[str, int | None], plan: Plan) -> Table:
-    table = Table("fault", "alarm", "mechanism named", "site", "loss departs", "lead")
-    for column in table.columns:
-        column.overflow = "fold"
-    for name, outcome in {"none (healthy)": healthy, **faulty}.items():
+    table = Table("fault", "alarm", "mechanism named", "site", "departs", "lead", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, outcome in {"healthy": healthy, **faulty}.items():
         departed = departures.get(name)
-        left = f"step {departed}" if departed is not None else f"not within {plan.steps} steps"
+        left = str(departed) if departed is not None else f"not by {plan.steps}"
         heard = _first_of_each_mechanism(outcome.alarms)
         table.add_row(
             name,
-            "\n".join(f"step {alarm.step}" for alarm in heard) or "no alarm",
+            "\n".join(str(alarm.step) for alarm in heard) or "none",
             "\n".join(alarm.mechanism for alarm in heard),
             "\n".join(outcome.sites.get(alarm.site or "", "whole run") for alarm in heard),
             "" if outcome is healthy else left,
-            f"{departed - heard[0].step} steps" if heard and departed is not None else "",
-            end_section=True,
+            str(departed - heard[0].step) if heard and departed is not None else "",
         )
     return table
 
