@@ -257,3 +257,13 @@ def test_before_anything_is_watched_every_optimizer_counts() -> None:
     assert clock.concerns(elsewhere, [])
     assert clock.concerns(mine, [id(weight)])
     assert not clock.concerns(elsewhere, [id(weight)])
+
+
+def test_samples_do_not_pile_up_where_no_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreshock.collector.MOST_SAMPLES", 5)
+    with Watch(every=1, inner="eager") as watch:
+        compiled = torch.compile(Layer(), backend=watch.backend)
+        for _ in range(12):
+            compiled(_x()).sum().backward()
+        assert len(watch.collector._samples) <= 5
+        assert ["counting steps" in warning for warning in watch.coverage.warnings] == [True]

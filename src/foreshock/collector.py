@@ -15,6 +15,9 @@ from foreshock.monitors.metrics import family
 from foreshock.records import Alarm, Array, Coverage, Reading
 from foreshock.runtime import Merged, Sample, merge_one
 
+MOST_SAMPLES = (
+    20_000  # a step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps they pile up
+)
 Fail = Callable[[str, Exception], None]
 
 
@@ -60,6 +63,11 @@ class Collector:
 
     def sample(self, sample: Sample) -> None:
         """A sampled forward pass ran; its gradients are still to come."""
+        if len(self._samples) >= MOST_SAMPLES:
+            self._samples.clear()
+            self.fail(
+                "counting steps", RuntimeError(f"{MOST_SAMPLES} samples and no optimizer step; they were dropped")
+            )
         self._samples.append(sample)
 
     def scalar(self, step: int, name: str, value: Any) -> None:

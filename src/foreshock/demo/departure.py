@@ -7,7 +7,8 @@ import numpy as np
 WINDOW, MARGIN = 50, 0.02
 RULE = (
     "All numbers are steps. The loss departs at the first step from which the mean of (loss - healthy loss) over the last "
-    f"{WINDOW} steps stays above {MARGIN} nats to the end. The healthy twin has the same seed and batches; a real training has no such twin."
+    f"{WINDOW} steps stays above {MARGIN} nats to the end. The healthy twin has the same seed and batches; a real training "
+    "has no such twin."
 )
 
 
