@@ -13,7 +13,7 @@ import numpy as np
 
 from foreshock.records import Array
 
-CLIP = 6.0  # one sample counts for at most 6 sigma
+CLIP = 4.0  # one sample counts for at most 4 sigma: a healthy router moved its load between experts for three samples
 SLACK = 1.5  # in sigma: forecast errors of neighbouring samples share the fit, so half a sigma (the textbook's) would wander
 
 

@@ -17,7 +17,7 @@ from foreshock.monitors.warmup import Warmup
 from foreshock.records import Array, Reading, Site
 
 HINT = 0.4  # share of the limit from which a series may help to name a mechanism
-LIMIT = 7.0  # sigma: with the clip at 6 and the slack at 1.5, three samples far out are the least that alarms
+LIMIT = 7.0  # sigma: with the clip at 4 and the slack at 1.5, five samples far out are the least that alarms
 EFFECT = (
     4.0  # the policy's smallest change that matters counts as at most so many sigma: smaller ones stay below the slack
 )
