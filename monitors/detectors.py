@@ -17,6 +17,8 @@ from foreshock.monitors.policy import FINITE, LIMITS, Limit
 from foreshock.monitors.warmup import Warmup
 from foreshock.records import Array, Reading, Site
 
+_NOTHING = np.zeros(0)
+
 
 class Limits:
     """Bounds on single readings, each with its own number of samples in a row."""
@@ -84,6 +86,8 @@ class LawTest:
             dtype = self._dtype(site)
             if site is None or dtype not in UNIT_ROUNDOFF:
                 continue
+            if (by_key.get(("attention/logit_max", site.id), _NOTHING) > policy.LAW_LOGITS).any():
+                continue
             if reading.metric in policy.LAWS:
                 found = self._residual(step, reading, site.id, dtype)
                 findings += found
@@ -100,7 +104,7 @@ class LawTest:
     def _dtype(self, site: Site | None) -> str:
         if self.kernel_dtype is not None or site is None:
             return self.kernel_dtype or ""
-        return "tf32" if site.dtype == "float32" and torch.get_float32_matmul_precision() != "highest" else site.dtype
+        return "tf32" if site.dtype == "float32" and _tf32() else site.dtype
 
     def _residual(self, step: int, reading: Reading, site: str, dtype: str) -> list[Finding]:
         limit = floor(reading.metric.removeprefix("law/"), dtype)
@@ -165,6 +169,14 @@ class LawTest:
             (metric, site): deque(((s, np.array(v)) for s, v in rows), maxlen=policy.LAW_SAMPLES)
             for metric, site, rows in state["recent"]
         }
+
+
+def _tf32() -> bool:
+    """Whether float32 products may use TF32, by either of torch's two settings, which refuse to be mixed."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return str(torch.backends.cuda.matmul.fp32_precision) != "ieee"
 
 
 def _shadow(step: int, reading: Reading, site: str, dtype: str) -> list[Finding]:

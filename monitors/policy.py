@@ -78,6 +78,7 @@ LAWS = ("law/key_shift", "law/value_mass", "law/euler")
 LAW_GROSS = 4.0        # one sample at 4 floors is enough: no healthy sample came within half of one [M]
 LAW_SAMPLES = 3        # else the median of three must exceed the floor, so two of three have
 BIAS_GROSS = 8.0       # bias floors: beside a broken law, a few estimates this large and of one sign need no t [M]
+LAW_LOGITS = 1000.0    # beyond, probabilities are 0 or 1 and dK is rounding alone: no kernel is to blame
 BIAS_T = 6.0           # healthy and stochastic rounding stay below 4 in magnitude, one-sided rounding passes 10 [M]
 
 WARMUP_SAMPLES = 5     # samples skipped after the learning rate has stopped rising: the curves bend most there

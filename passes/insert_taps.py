@@ -25,6 +25,11 @@ def insert_taps(plan: Plan) -> None:
         if site.probe.backward is None or not _differentiable(site):
             continue
         try:
+            written = [user for node in _tapped_nodes(site) for user in _readers(node) if _writes(user)]
+            if written:
+                raise ValueError(
+                    f"`{written[0].name}` writes into it in place; a tap's output is a view and must not be written"
+                )
             sizes = _sizes(plan, site)
             _tap(plan, site, sizes)
         except Exception as error:
@@ -33,6 +38,16 @@ def insert_taps(plan: Plan) -> None:
 
 def _tapped(site: SitePlan) -> list[str]:
     return list(site.match.operands) or [role for role in (site.match.tapped,) if role]
+
+
+def _tapped_nodes(site: SitePlan) -> list[Node]:
+    """What gets a view in front of its readers: the kernel's output, or the tensor tapped itself."""
+    return [site.match.roles["out"]] if site.match.operands else [site.match.roles[role] for role in _tapped(site)]
+
+
+def _writes(node: Node) -> bool:
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv", "setitem")
 
 
 def _differentiable(site: SitePlan) -> bool:

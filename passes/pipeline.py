@@ -27,7 +27,6 @@ class Instrumented:
     rows: int
     slot_size: int
     examples: list[torch.Tensor]
-    failures: tuple[tuple[str, Exception], ...]
 
 
 def instrument(plan: Plan) -> Instrumented | None:
@@ -52,7 +51,6 @@ def instrument(plan: Plan) -> Instrumented | None:
         plan.rows,
         plan.slot_size,
         [uniform, zeros],
-        tuple(plan.failures),
     )
 
 

@@ -69,4 +69,4 @@ class Plan:
         """Record a failure and go on; under ``strict`` it is raised."""
         if self.strict:
             raise error
-        self.failures.append((what, error))
+        self.failures.append((what, error.with_traceback(None)))  # frames would keep the first batch alive

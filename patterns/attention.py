@@ -156,6 +156,8 @@ def _sizes(shapes: Mapping[str, tuple[int, ...]], axis: int) -> _Sizes | str:
     q, k, v, out = (shapes[role] for role in ("q", "k", "v", "out"))
     if any(len(sizes) != 4 for sizes in (q, k, v, out)):
         return f"q, k, v and out must be 4-D here, not {[len(sizes) for sizes in (q, k, v, out)]}"
+    if not q[0] == k[0] == v[0] == out[0] or k[3 - axis] != v[3 - axis]:
+        return f"batch or key sizes are broadcast, which is not followed: q {q}, k {k}, v {v}"
     if q[3] != k[3] or v[3] != out[3] or k[axis] != v[axis] or q[axis] % k[axis]:
         return f"shapes do not fit an attention: q {q}, k {k}, v {v}, out {out}"
     return _Sizes(q[axis], k[axis], q[3], v[3])
@@ -193,6 +195,10 @@ def _attention(
         roles["mask"] = mask
     notes: list[str] = []
     known_causal = causal if isinstance(causal, bool) else None
+    lengths = [(shape(roles[role]) or ())[3 - axis] for role in ("q", "k")]
+    if known_causal and op(node) not in SDPA.anchors and lengths[0] != lengths[1]:
+        known_causal = None
+        notes.append("causal with unequal lengths: kernels differ in which corner they align, no recomputed rows")
     number = value(scale) if isinstance(scale, Node) else scale
     if number is None:
         number = sizes.head_dim**-0.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,17 @@ class GraphView:
     names: Mapping[Node, str]
 
     @classmethod
-    def of(cls, graph: Graph, example_inputs: Sequence[Any], full_names: Mapping[int, str] | None = None) -> GraphView:
-        """``full_names`` maps ``id(parameter)`` to its name in the user's model and wins over the path that Dynamo recorded."""
+    def of(
+        cls, graph: Graph, example_inputs: Sequence[Any], name_of: Callable[[Any], str | None] = lambda parameter: None
+    ) -> GraphView:
+        """``name_of(parameter)`` is its name in the user's model, where known; it wins over the path that Dynamo recorded."""
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         parameters = {
             node: example
             for node, example in zip(placeholders, example_inputs, strict=False)
             if isinstance(example, torch.nn.Parameter) or _source_name(node).find("._parameters[") >= 0
         }
-        known = full_names or {}
-        names = {
-            node: known.get(id(parameter)) or module_path(_source_name(node)) for node, parameter in parameters.items()
-        }
+        names = {node: name_of(parameter) or module_path(_source_name(node)) for node, parameter in parameters.items()}
         return cls(graph, parameters, names)
 
     @functools.cached_property

@@ -129,9 +129,3 @@ def shape(node: Any) -> tuple[int, ...] | None:
 
 def _hint(size: Any) -> int:
     return int(size) if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 2)
-
-
-def is_symbolic(node: Any) -> bool:
-    """Whether any size of ``node`` is symbolic."""
-    found = tensor(node)
-    return found is not None and any(not isinstance(size, int) for size in found.shape)

@@ -49,7 +49,7 @@ def capture() -> Iterator[Callable[..., Captured]]:
 
         def backend(module: GraphModule, inputs: list[Any]) -> Any:
             names = {id(p): n for n, p in call.named_parameters()} if isinstance(call, nn.Module) else None
-            view = GraphView.of(module.graph, inputs, names)
+            view = GraphView.of(module.graph, inputs, lambda parameter: (names or {}).get(id(parameter)))
             seen.append(Captured(module, list(inputs), view, find(view, extra), None))
             return module.forward
 

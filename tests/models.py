@@ -166,7 +166,12 @@ SLOW: dict[str, Family] = {
         layer="model.decoder.layers.{}.self_attn",
         kv_heads=HEADS,
     ),
-    "persimmon": Family("Persimmon", **_fused("query_key_value.weight")),
+    "persimmon": Family(
+        "Persimmon",
+        q=("query_key_value.weight", "q_layernorm.weight"),
+        k=("query_key_value.weight", "k_layernorm.weight"),
+        kv_heads=HEADS,
+    ),
     "phi": Family("Phi"),
     "qwen2_moe": Family("Qwen2Moe", {**_EXPERTS, "shared_expert_intermediate_size": HIDDEN}, router=Router()),
     "roberta": Family(

@@ -291,3 +291,26 @@ def test_later_sampling_meets_the_same_failures(plain, warnings_logged, cause: s
     assert all(torch.equal(got, expected) for got, expected in zip(trained, plain, strict=True))
     (message,) = _of_failures(warnings_logged())
     assert BOOM in message
+
+
+def test_an_output_written_in_place_keeps_its_forward_probes(one_thread, capture) -> None:
+    torch._dynamo.reset()
+    projection = torch.nn.Linear(8, 24)
+
+    def attend(x):
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in projection(x).chunk(3, -1))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v) + 0
+        return out.mul_(2)
+
+    def in_place(x):
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in projection(x).chunk(3, -1))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).mul_(2)
+
+    with Watch(every=1, inner="eager") as watch:
+        torch.compile(attend, backend=watch.backend)(torch.randn(2, 5, 8)).sum().backward()
+        with torch.no_grad():
+            torch.compile(in_place, backend=watch.backend)(torch.randn(2, 5, 8))
+        assert watch.coverage.warnings == ()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # as without foreshock
+            torch.compile(in_place, backend=watch.backend)(torch.randn(2, 5, 8)).sum().backward()
+        assert ["in place" in warning for warning in watch.coverage.warnings] == [True]

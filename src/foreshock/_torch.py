@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
+
+# Raised through a forward pass by non-reentrant activation checkpointing, to end a recomputation early. Checked on 2.13.
+STOP_RECOMPUTATION = torch.utils.checkpoint._StopRecomputationError
 
 
 def synthetic_source(name: str) -> Any:
@@ -75,6 +79,20 @@ def on_optimizer_step(hook: Callable[..., None]) -> Any:
     return register_optimizer_step_post_hook(hook)
 
 
-def in_no_grad() -> bool:
-    """Whether gradients are off where the compiled code is called."""
-    return not torch.is_grad_enabled()
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass. Checked on 2.13."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The state of the default generators that a graph on ``device`` may draw from."""
+    return (
+        (torch.get_rng_state(), torch.cuda.get_rng_state(device)) if device.type == "cuda" else (torch.get_rng_state(),)
+    )
+
+
+def restore_random_state(device: torch.device, state: tuple[torch.Tensor, ...]) -> None:
+    """Undo what was drawn since `random_state`."""
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1], device)

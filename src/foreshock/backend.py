@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from foreshock.watch import Watch
 
 
+MOST_WEIGHT_SETS = 4096  # of one graph; where parameters are new objects each step they would pile up
+
+
 class Backend:
     """What ``torch.compile(model, backend=watch.backend)`` calls with each captured graph."""
 
@@ -32,6 +35,8 @@ class Backend:
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Compiled:
         """``options`` are `torch.compile`'s own ``mode`` and ``options``, passed on to the inner compiler."""
         inner = self._inner(**options)
+        if self._watch.closed:
+            return inner(gm, example_inputs)
         try:
             watched = self._watched(gm, list(example_inputs), inner)
         except Exception as error:
@@ -50,8 +55,8 @@ class Backend:
     def _watched(self, gm: GraphModule, inputs: list[Any], inner: Callable[..., Compiled]) -> WatchedGraph | None:
         watch, start = self._watch, time.perf_counter()
         copied, _ = copy_graph(gm)
-        view = GraphView.of(copied.graph, inputs, watch.instances.names)
-        watch.instances.learn_names({id(view.parameters[node]): name for node, name in view.names.items()})
+        view = GraphView.of(copied.graph, inputs, watch.instances.name_of)
+        watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
         findings = find(view, watch.patterns)
         _note(watch, findings)
         training = torch.is_grad_enabled()
@@ -70,6 +75,7 @@ class Backend:
         watch.rewriting_seconds += time.perf_counter() - start
         for what, error in plan.failures:
             watch.fail(what, error)
+        plan.failures.clear()
         context = _torch.current_context()
         symbolic = any(not isinstance(size, int) for fake in fakes for size in _sizes(fake))
         stand_ins = [] if symbolic else _torch.to_fake(context, inputs)
@@ -129,13 +135,16 @@ class Backend:
         def resolve(args: Sequence[Any]) -> list[Instance]:
             key = tuple([id(args[i]) for i in every])
             known = cache.get(key)
-            if known is not None:
+            if known is not None and all(instance.is_live() for instance in known):
                 return known
-            found = cache[key] = []
+            found = []
             instances.parameter_ids.update(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))
             for site, roles in zip(sites, where, strict=True):
                 held: Held = {role: tuple(args[i] for i in indices) for role, indices in roles.items()}
                 found.append(instances.resolve(site.match, site.label, site.probe, site.facts, held))
+            if len(cache) >= MOST_WEIGHT_SETS:
+                cache.clear()
+            cache[key] = found
             return found
 
         return resolve

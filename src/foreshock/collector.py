@@ -106,7 +106,7 @@ class Collector:
             readings += [] if number is None else [Reading(f"run/{name}", None, np.array([number]))]
         training = [s for s in samples if s.is_training()]
         if training:
-            readings += self._measure(step, training)
+            readings += self._guarded("merging samples", self._measure, step, training) or []
         self._guarded("writing to the store", self.store.write, step, readings)
         if training:
             self._judge(step, readings)

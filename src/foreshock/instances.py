@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,11 @@ class Instance:
     evaluations: int = 0
     sampled: int = 0
 
+    def is_live(self) -> bool:
+        """Whether its weights still exist: the id of a freed parameter may be another's by now."""
+        views = (self.site.q_weight, self.site.k_weight, self.site.weight)
+        return all(view is None or view.resolve() is not None for view in views)
+
     def status(self) -> SiteStatus:
         return SiteStatus(self.site, self.evaluations, self.sampled, dict(self.laws), self.notes)
 
@@ -36,7 +41,7 @@ class Instances:
     """Finds or makes the instance of a match for the parameters that a call received."""
 
     def __init__(self) -> None:
-        self.names: dict[int, str] = {}
+        self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self.parameter_ids: set[int] = set()
         self._by_key: dict[tuple[Any, ...], Instance] = {}
         self._ids: set[str] = set()
@@ -44,17 +49,25 @@ class Instances:
     def __iter__(self) -> Iterator[Instance]:
         return iter(list(self._by_key.values()))
 
-    def learn_names(self, names: Mapping[int, str], *, wins: bool = False) -> None:
-        """``id(parameter) -> name``; names that the user gave win over those that Dynamo recorded."""
-        self.names = {**self.names, **names} if wins else {**names, **self.names}
+    def learn_names(self, names: Iterable[tuple[torch.Tensor, str]], *, bound: bool = False) -> None:
+        """Names that the user gave (``bound``) win over those that Dynamo recorded first."""
+        for parameter, name in names:
+            known = self._names.get(id(parameter))
+            if bound or known is None or known[0]() is not parameter:
+                self._names[id(parameter)] = (weakref.ref(parameter), name)
+
+    def name_of(self, parameter: torch.Tensor) -> str | None:
+        """The name the user gave, else the first that Dynamo recorded. An id alone may be a freed parameter's."""
+        known = self._names.get(id(parameter))
+        return known[1] if known is not None and known[0]() is parameter else None
 
     def resolve(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
         """``name`` tells apart sites without weights."""
         weights = tuple(id(parameter) for parameters in held.values() for parameter in parameters)
         rows = tuple(view.index.tobytes() for view in match.weights.values())
-        key = (match.kind, match.pattern, weights or name, rows)
+        key = (match.kind, match.pattern, weights or (name, repr(sorted(facts.items()))), rows)
         found = self._by_key.get(key)
-        if found is None:
+        if found is None or not found.is_live():
             found = self._by_key[key] = self._make(match, name, probe, facts, held)
         return found
 
@@ -71,7 +84,7 @@ class Instances:
 
     def _rebind(self, view: WeightView, parameters: tuple[torch.Tensor, ...]) -> WeightView:
         """``view`` on the parameters of this call: under regional compilation one graph serves many layers."""
-        names = tuple(self.names.get(id(p), old) for p, old in zip(parameters, view.names, strict=True))
+        names = tuple(self.name_of(p) or old for p, old in zip(parameters, view.names, strict=True))
         gain = weakref.ref(parameters[1]) if len(parameters) > 1 else None
         return replace(view, names=names, parameter=weakref.ref(parameters[0]), scale_parameter=gain)
 

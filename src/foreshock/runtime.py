@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foreshock import _torch
 from foreshock.instances import Instance
 from foreshock.passes import Instrumented, Quantity
 from foreshock.records import Array
@@ -18,29 +20,33 @@ Compiled = Callable[..., Any]
 
 @dataclass(eq=False)
 class Sample:
-    """What one sampled call left: two packed vectors on their way to the host. ``slot.grad`` comes with the backward."""
+    """What one sampled call left: a packed vector on its way to the host, and one more for each backward that has run."""
 
     step: int
     instances: Sequence[Instance]
     forward: Sequence[Quantity]
     backward: Sequence[Quantity]
     packed: torch.Tensor
-    slot: torch.Tensor
-
-    def has_gradient(self) -> bool:
-        return self.slot.grad is not None
+    gradients: Sequence[torch.Tensor]
 
     def is_training(self) -> bool:
         """A forward pass whose taps never saw a gradient was an evaluation."""
-        return not self.backward or self.has_gradient()
+        return not self.backward or bool(self.gradients)
 
     def quantities(self) -> dict[Instance, dict[str, tuple[str, Array]]]:
         """instance -> name -> (merge rule, 1-D float64)."""
         found: dict[Instance, dict[str, tuple[str, Array]]] = {}
         merge_into(found, self.instances, self.forward, _to_host(self.packed))
-        if self.backward and self.slot.grad is not None:
-            merge_into(found, self.instances, self.backward, _to_host(self.slot.grad))
+        for gradient in self.gradients:
+            merge_into(found, self.instances, self.backward, _to_host(gradient))
         return found
+
+
+def _take_gradient(gradients: list[torch.Tensor], slot: torch.Tensor) -> None:
+    """Each backward's statistics by themselves: a second one would be added to the first, maxima too."""
+    if slot.grad is not None:
+        gradients.append(slot.grad if slot.device.type == "cpu" else slot.grad.clone())
+        slot.grad = None
 
 
 def _to_host(packed: torch.Tensor) -> Array:
@@ -109,27 +115,43 @@ class WatchedGraph:
         self._fail(what, error)
 
     def __call__(self, *args: Any) -> Any:
-        instances = self._resolve(args)
-        for instance in instances:
+        again = _torch.in_backward()  # activation checkpointing runs this forward again, and must meet the same variant
+        try:
+            instances = self._resolve(args)
+        except Exception as error:
+            self._broken, instances = True, []
+            self._fail("telling which layer a call belongs to; the graph goes on without probes", error)
+        for instance in () if again else instances:
             instance.evaluations += 1
         if self._rewritten is not None and self._wants_sample() and not self._broken:
-            return self._sampled(self._rewritten, instances, args)
+            return self._sampled(self._rewritten, instances, args, again)
         return self.compile(False)(*args)
 
-    def _sampled(self, rewritten: Instrumented, instances: list[Instance], args: Sequence[Any]) -> Any:
+    def _sampled(self, rewritten: Instrumented, instances: list[Instance], args: Sequence[Any], again: bool) -> Any:
+        state = _torch.random_state(self._device)
         try:
             run = self.compile(True)
             rows = torch.rand(2 * rewritten.rows, generator=self._random)
             if self._device.type != "cpu":
                 rows = rows.pin_memory().to(self._device, non_blocking=True)
             slot = torch.zeros(rewritten.slot_size, device=self._device, requires_grad=True)
+            gradients: list[torch.Tensor] = []
+            slot.register_post_accumulate_grad_hook(functools.partial(_take_gradient, gradients))
             *outputs, packed = run(*args, rows, slot)
+        except _torch.STOP_RECOMPUTATION:
+            raise  # how activation checkpointing ends a recomputation early
         except Exception as error:
             self._broken = True
+            _torch.restore_random_state(self._device, state)
             result = self.compile(False)(*args)
             self._fail("running the instrumented graph; it goes on without probes", error)
             return result
+        if again:
+            return tuple(outputs)
         for instance in instances:
             instance.sampled += 1
-        self._deliver(Sample(self._step(), instances, rewritten.forward, rewritten.backward, packed, slot))
+        kept = (
+            packed if packed.device.type == "cpu" else packed.clone()
+        )  # a replayed CUDA graph writes over its outputs
+        self._deliver(Sample(self._step(), instances, rewritten.forward, rewritten.backward, kept, gradients))
         return tuple(outputs)

@@ -100,7 +100,7 @@ class Watch:
         self._closed = False
         self._started = time.perf_counter()
         self.rewriting_seconds = 0.0
-        store: Store = MemoryStore() if self.settings.run is None else RunStore(self.settings.run)
+        store: Store = MemoryStore() if self.settings.run is None else RunStore(_of_this_rank(self.settings.run))
         references = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors or () if not isinstance(m, str)]
         self._state: dict[str, Any] = {
@@ -113,7 +113,7 @@ class Watch:
             store,
             families=self.settings.monitors,
             derived=[self._state["bias"]],
-            weights=[self._state["spectra"], self._state["router"], *own],
+            weights=[*(self._state[name] for name in ("spectra", "router") if self._keeps(name)), *own],
             judge=Judge(references, detectors=detectors or (), on_error=self.fail),
             sinks=[ConsoleSink(), *sinks],
             on_alarm=self._on_alarm,
@@ -162,7 +162,7 @@ class Watch:
 
     def bind(self, model: torch.nn.Module) -> Watch:
         """Use ``model``'s own parameter names, also for layers that share one compiled graph. Returns the watch."""
-        self.instances.learn_names({id(p): name for name, p in model.named_parameters()}, wins=True)
+        self.instances.learn_names(((p, name) for name, p in model.named_parameters()), bound=True)
         return self
 
     def log(self, **scalars: Any) -> None:
@@ -233,6 +233,11 @@ class Watch:
             monitor.load_state_dict(state["monitors"][name])
         self.collector.judge.load_state_dict(state["judge"])
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
     # -- what the other rooms call -----------------------------------------------------------------------------------
 
     def probe_for(self, kind: str) -> Probe | None:
@@ -245,6 +250,8 @@ class Watch:
         """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
         if self._closed:
             return False
+        if _torch.in_backward():
+            return self.is_sampled(self.clock.forward_step)
         self.clock.forward()
         if self.clock.step != self._finished:
             self._catch_up()
@@ -263,6 +270,9 @@ class Watch:
         if what not in self._reported:
             self._reported[what] = f"{what}: {type(error).__name__}: {error}"
             _log.warning("%s (training goes on)", self._reported[what])
+
+    def _keeps(self, family: str) -> bool:
+        return self.settings.monitors is None or family in self.settings.monitors
 
     def _catch_up(self) -> None:
         self._finished = self.clock.step
@@ -288,6 +298,13 @@ class Watch:
             raise AlarmRaised(alarm)
         elif self._act == "stop":
             self.stop_requested = True
+
+
+def _of_this_rank(run: str) -> str:
+    """Each process of a distributed job keeps a run folder of its own, ``RUN/rank3``."""
+    return (
+        run if int(os.environ.get("WORLD_SIZE", "1")) < 2 else os.path.join(run, f"rank{os.environ.get('RANK', '0')}")
+    )
 
 
 _default: Watch | None = None

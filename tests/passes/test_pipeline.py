@@ -96,7 +96,7 @@ def test_nodes_inserted_by_each_pass(capture) -> None:
         (0, "sum", 1, "sum"), (0, "max", H, "max"), (1, "first", 1, "sum"),
     ]  # fmt: skip
     assert [(q.site, q.name, q.size) for q in done.backward] == [(0, "dk", 1), (1, "grad", 1)]
-    assert (done.rows, done.slot_size, done.failures) == (4, 2, ())
+    assert (done.rows, done.slot_size, plan.failures) == (4, 2, [])
 
 
 def test_counts_grow_by_the_same_for_each_layer(capture) -> None:
@@ -208,7 +208,7 @@ def _failing(where: str) -> Probe:
 def test_a_failing_forward_probe_leaves_the_other_sites(capture) -> None:
     plan = _plan(capture(Block(), _x()), {"attention": _failing("forward"), "router": SMALL_ROUTER})
     done = instrument(plan)
-    ((what, error),) = done.failures
+    ((what, error),) = plan.failures
     assert what == "probe `failing` at site 0"
     assert str(error) == "forward fails"
     assert {q.site for q in done.forward} == {1}
@@ -218,7 +218,7 @@ def test_a_failing_forward_probe_leaves_the_other_sites(capture) -> None:
 def test_a_failing_gradient_probe_leaves_the_forward_probe(capture) -> None:
     plan = _plan(capture(Block(), _x()), {"attention": _failing("backward"), "router": SMALL_ROUTER})
     done = instrument(plan)
-    ((what, error),) = done.failures
+    ((what, error),) = plan.failures
     assert what == "gradient tap at site 0"
     assert str(error) == "backward fails"
     assert {q.site for q in done.forward} == {0, 1}
@@ -241,7 +241,7 @@ def test_a_probe_that_fails_half_way_leaves_no_node(capture) -> None:
     probe = Probe("half", "attention", half, SMALL.finish)
     plan = _plan(capture(Block(), _x()), {"attention": probe, "router": SMALL_ROUTER})
     done = instrument(plan)
-    assert len(done.failures) == 1
+    assert len(plan.failures) == 1
     assert _passes(plan)["insert_probes", "site 0"] == 0
     done.module.graph.lint()
 
