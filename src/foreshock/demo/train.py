@@ -70,7 +70,12 @@ FAULTS = {
         "the learning rate of the query and key weights ramps up thirtyfold over 800 steps",
         query_key_learning_rate=Ramp(30, 800),
     ),
-    "learning-rate-everywhere": Fault("the learning rate ramps up thirtyfold over 800 steps", *[Ramp(30, 800)] * 3),
+    "learning-rate-everywhere": Fault(
+        "the learning rate ramps up thirtyfold over 800 steps",
+        Ramp(30, 800),
+        Ramp(30, 800),
+        query_key_learning_rate=Ramp(30, 800),
+    ),
 }
 
 
