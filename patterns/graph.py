@@ -47,10 +47,6 @@ class GraphView:
         """Every node that depends on ``node``."""
         return set(nx.descendants(self.dataflow, node))
 
-    def backward_slice(self, node: Node) -> set[Node]:
-        """Every node that ``node`` depends on."""
-        return set(nx.ancestors(self.dataflow, node))
-
 
 def _source_name(node: Node) -> str:
     source = getattr(node.meta.get("grapharg"), "source", None) or getattr(node, "_dynamo_source", None)

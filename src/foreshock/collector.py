@@ -13,11 +13,10 @@ from foreshock.errors import ForeshockError
 from foreshock.instances import Instances
 from foreshock.monitors.metrics import family
 from foreshock.records import Alarm, Array, Coverage, Reading
-from foreshock.runtime import Merged, Sample, merge_one
+from foreshock.runtime import Merged, Sample
 
-MOST_SAMPLES = (
-    20_000  # a step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps they pile up
-)
+# A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
+MOST_SAMPLES = 20_000
 Fail = Callable[[str, Exception], None]
 
 
@@ -114,13 +113,15 @@ class Collector:
 
     def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
         readings = []
-        for instance, quantities in _merge(samples).items():
-            plain = {name: part for name, (_, part) in quantities.items()}
+        merged: Merged = {}
+        for sample in samples:
+            sample.merge_into(merged)
+        for instance, quantities in merged.items():
             found = self._guarded(
                 f"probe `{instance.probe.name}` at {instance.site.id}",
                 instance.probe.finish,
                 instance.facts,
-                plain,
+                quantities,
             )
             readings += [
                 Reading(name, instance.site.id, values)
@@ -177,12 +178,3 @@ class Collector:
         except Exception as error:
             self.fail(what, error)
             return None
-
-
-def _merge(samples: Sequence[Sample]) -> Merged:
-    merged: Merged = {}
-    for sample in samples:
-        for instance, quantities in sample.quantities().items():
-            for name, (rule, part) in quantities.items():
-                merge_one(merged.setdefault(instance, {}), name, rule, part)
-    return merged

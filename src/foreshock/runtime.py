@@ -16,6 +16,7 @@ from foreshock.passes import Instrumented, Quantity
 from foreshock.records import Array
 
 Compiled = Callable[..., Any]
+Merged = dict[Instance, dict[str, Array]]  # quantities by name, 1-D float64, merged over the calls of a step
 
 
 @dataclass(eq=False)
@@ -33,13 +34,11 @@ class Sample:
         """A forward pass whose taps never saw a gradient was an evaluation."""
         return not self.backward or bool(self.gradients)
 
-    def quantities(self) -> dict[Instance, dict[str, tuple[str, Array]]]:
-        """instance -> name -> (merge rule, 1-D float64)."""
-        found: dict[Instance, dict[str, tuple[str, Array]]] = {}
-        merge_into(found, self.instances, self.forward, _to_host(self.packed))
+    def merge_into(self, merged: Merged) -> None:
+        """Add what this call measured to what others of its step did."""
+        _merge(merged, self.instances, self.forward, self.packed)
         for gradient in self.gradients:
-            merge_into(found, self.instances, self.backward, _to_host(gradient))
-        return found
+            _merge(merged, self.instances, self.backward, gradient)
 
 
 def _take_gradient(gradients: list[torch.Tensor], slot: torch.Tensor) -> None:
@@ -49,29 +48,18 @@ def _take_gradient(gradients: list[torch.Tensor], slot: torch.Tensor) -> None:
         slot.grad = None
 
 
-def _to_host(packed: torch.Tensor) -> Array:
-    return packed.detach().to("cpu", torch.float64).numpy()
-
-
-Merged = dict[Instance, dict[str, tuple[str, Array]]]
-
-
-def merge_into(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quantity], packed: Array) -> None:
-    """Cut ``packed`` by ``layout`` and merge each stretch into ``merged`` by its own rule."""
+def _merge(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quantity], packed: torch.Tensor) -> None:
+    """Bring ``packed`` to the host, cut it by ``layout`` and merge each stretch by its own rule."""
+    values = packed.detach().to("cpu", torch.float64).numpy()
     at = 0
     for quantity in layout:
-        part = packed[at : at + quantity.size]
+        part = values[at : at + quantity.size]
         at += quantity.size
-        merge_one(merged.setdefault(instances[quantity.site], {}), quantity.name, quantity.merge, part)
-
-
-def merge_one(quantities: dict[str, tuple[str, Array]], name: str, rule: str, part: Array) -> None:
-    """Merge one stretch into the quantities of its instance."""
-    known = quantities.get(name)
-    if known is None:
-        quantities[name] = (rule, part)
-    else:
-        quantities[name] = (rule, np.maximum(known[1], part) if rule == "max" else known[1] + part)
+        quantities = merged.setdefault(instances[quantity.site], {})
+        known = quantities.get(quantity.name)
+        if known is not None:
+            part = np.maximum(known, part) if quantity.merge == "max" else known + part
+        quantities[quantity.name] = part
 
 
 class WatchedGraph:
@@ -150,8 +138,7 @@ class WatchedGraph:
             return tuple(outputs)
         for instance in instances:
             instance.sampled += 1
-        kept = (
-            packed if packed.device.type == "cpu" else packed.clone()
-        )  # a replayed CUDA graph writes over its outputs
+        # A replayed CUDA graph writes over its outputs.
+        kept = packed if packed.device.type == "cpu" else packed.clone()
         self._deliver(Sample(self._step(), instances, rewritten.forward, rewritten.backward, kept, gradients))
         return tuple(outputs)
