@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foreshock.layout import canonical
 from foreshock.records import Array, Facts, Probe, Tensors
 
 SEQUENCES = 4  # sampled sequences a call: rows of one sequence are correlated, copies of all keys are not free
 
 
 def _heads_first(facts: Facts, tensors: Tensors) -> dict[str, Tensor]:
-    if facts["layout"] == "BHSD":
-        return dict(tensors)
-    return {role: x if role == "mask" else x.transpose(1, 2) for role, x in tensors.items()}
+    layout = facts["layout"]
+    return {role: canonical(x, layout[role]) if role in layout else x for role, x in tensors.items()}
 
 
 def _nonfinite(*tensors: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ def _attention(
         anchor=node,
         roles=roles,
         operands=operands,
-        layout="BHSD" if axis == 1 else "BSHD",
+        layout=dict.fromkeys(("q", "k", "v", "out"), "b h s d" if axis == 1 else "b s h d"),
         facts={
             "heads": sizes.heads,
             "kv_heads": kv_heads,

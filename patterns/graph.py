@@ -1,25 +1,49 @@
-"""What every pattern sees of a captured graph: its nodes, its parameters and their names, and slices of its dataflow."""
+"""What every pattern sees of a captured graph: its nodes, its parameters and their names, and the dataflow between them.
+
+A graph may call others (checkpointed blocks, nested compile regions): each call has a `GraphView` of its own, linked to the
+one that calls it, so that a trail goes in and out of bodies as if they stood in line. Writing in place is dataflow too: see
+`foreshock.patterns.writes`.
+"""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import networkx as nx
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
+
+from foreshock.patterns.ops import op
+from foreshock.patterns.writes import Write, writes_of
+
+# Calls of other graphs: where the body stands among the arguments, and where its operands begin.
+BODIES: Mapping[str, tuple[int, int]] = {
+    "higher_order::tag_activation_checkpoint": (0, 1),
+    "higher_order::invoke_subgraph": (0, 2),
+    "higher_order::autograd_function_apply": (0, 2),
+}
+_NEAR = 256  # nodes that a slice visits at most, unless asked for more: matching stays linear in the graph
 
 
 @dataclass(eq=False)
 class GraphView:
-    """A graph with the example inputs of its capture. ``parameters`` maps placeholders to live parameters."""
+    """A graph with the example inputs of its capture. ``parameters`` maps placeholders to live parameters.
+
+    For the body of a call, ``parent`` is the view of the calling graph and ``call`` the calling node; ``parameters`` and
+    ``names`` are those of the outermost graph.
+    """
 
     graph: Graph
     parameters: Mapping[Node, torch.Tensor]
     names: Mapping[Node, str]
+    parent: GraphView | None = None
+    call: Node | None = None
+    _links: dict[Node, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -36,16 +60,87 @@ class GraphView:
         return cls(graph, parameters, names)
 
     @functools.cached_property
+    def children(self) -> Mapping[Node, GraphView]:
+        """The views of the bodies that this graph calls, by calling node. One body called twice has two views."""
+        found = {}
+        for node in self.graph.nodes:
+            body = body_of(node)
+            if body is not None:
+                _, first = BODIES[op(node)]
+                inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
+                links = dict(zip(inputs, node.args[first:], strict=False))
+                found[node] = GraphView(body.graph, self.parameters, self.names, self, node, links)
+        return found
+
+    def walk(self) -> Iterator[GraphView]:
+        """This view and those of all bodies, outermost first."""
+        yield self
+        for child in self.children.values():
+            yield from child.walk()
+
+    def source(self, node: Any) -> Any:
+        """What ``node`` is outside: a body's placeholder is the operand it was called with, and so on outwards."""
+        view: GraphView | None = self
+        while isinstance(node, Node) and view is not None and node in view._links:
+            node, view = view._links[node], view.parent
+        return node
+
+    @functools.cached_property
+    def order(self) -> Mapping[Node, int]:
+        """The position of each node."""
+        return {node: position for position, node in enumerate(self.graph.nodes)}
+
+    @functools.cached_property
+    def writes(self) -> Mapping[int, list[Write]]:
+        """By storage, every write into it in graph order."""
+        return writes_of(self.graph)
+
+    def written(self, node: Node, reader: Node) -> list[Write]:
+        """What was stored into the memory of ``node`` after it was made and before ``reader`` reads it; the last comes first."""
+        if not self.writes:
+            return []
+        start, stop = self.order[node], self.order.get(reader, len(self.order))
+        storage = Write.storage_of(node)
+        found = self.writes.get(storage, ()) if storage is not None else ()
+        return [write for write in reversed(found) if start < self.order[write.node] < stop]
+
+    @functools.cached_property
     def dataflow(self) -> nx.DiGraph:
-        """Producer -> consumer, over all nodes."""
+        """Producer -> consumer, over all nodes of this graph; who writes into memory comes before who reads it later."""
         flow: nx.DiGraph = nx.DiGraph()
         flow.add_nodes_from(self.graph.nodes)
         flow.add_edges_from((source, node) for node in self.graph.nodes for source in node.all_input_nodes)
+        if self.writes:
+            writers = {write.node: storage for storage, writes in self.writes.items() for write in writes}
+            last: dict[int, Node] = {}
+            for node in self.graph.nodes:
+                storages = {Write.storage_of(source) for source in node.all_input_nodes}
+                flow.add_edges_from((last[s], node) for s in storages if s in last)
+                if node in writers:
+                    last[writers[node]] = node
         return flow
 
-    def forward_slice(self, node: Node) -> set[Node]:
-        """Every node that depends on ``node``."""
-        return set(nx.descendants(self.dataflow, node))
+    def forward_slice(self, node: Node, limit: int = _NEAR) -> set[Node]:
+        """Nodes that depend on ``node``, the nearest first, at most ``limit``."""
+        found: set[Node] = set()
+        queue = deque([node])
+        while queue and len(found) < limit:
+            for user in self.dataflow.successors(queue.popleft()):
+                if user not in found:
+                    found.add(user)
+                    queue.append(user)
+        return found
+
+
+def body_of(node: Node) -> GraphModule | None:
+    """The graph that ``node`` calls, if it is a call of one that is understood."""
+    where = BODIES.get(op(node)) if node.op == "call_function" else None
+    held = node.args[where[0]] if where and len(node.args) > where[0] else None
+    if not isinstance(held, Node) or held.op != "get_attr":
+        return None
+    owner = held.graph.owning_module
+    body = getattr(owner, str(held.target), None) if owner is not None else None
+    return body if isinstance(body, GraphModule) else None
 
 
 def _source_name(node: Node) -> str:

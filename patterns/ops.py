@@ -123,9 +123,10 @@ def shape(node: Any) -> tuple[int, ...] | None:
     found = tensor(node)
     if found is None:
         return None
-    sizes = tuple(_hint(size) for size in found.shape)
+    sizes = tuple(hint(size) for size in found.shape)
     return (*sizes, 2) if found.is_complex() else sizes
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
+    """A size as a number: a symbolic one as it was in the capture."""
     return int(size) if isinstance(size, int) else int(size.node.hint if size.node.hint is not None else 2)

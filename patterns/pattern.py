@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.fx import Node
 
@@ -12,28 +12,48 @@ from foreshock.patterns.graph import GraphView
 from foreshock.records import WeightView
 
 
+class Edge(NamedTuple):
+    """Where a tensor enters a kernel: an argument of a node, by position or keyword."""
+
+    node: Node
+    where: int | str
+
+    @property
+    def source(self) -> Node:
+        """What stands there now."""
+        found = self.node.kwargs[self.where] if isinstance(self.where, str) else self.node.args[self.where]
+        assert isinstance(found, Node)
+        return found
+
+
 @dataclass(frozen=True)
 class Match:
     """A functional boundary in one graph.
 
-    ``roles`` names the tensors there; ``operands`` are the roles that enter the kernel through the anchor's arguments,
-    with the place of each (position or keyword): gradient taps sit on exactly those edges. Without operands a tap stands
-    on the tensor of role ``tapped`` and all its users. ``facts`` become fields of the `Site`. ``laws`` maps a law to ""
-    where it holds here, else to the reason why not. ``sources`` are the placeholders behind each of ``weights``.
+    ``roles`` names the tensors there; ``operands`` are the roles that enter the kernel, with the `Edge` on which each does (a
+    position or keyword stands for an argument of the anchor): gradient taps sit on exactly those edges. Without operands a tap
+    stands on the tensor of role ``tapped`` and all its users. ``layout`` says how each role's tensor lies (see
+    `foreshock.layout`). ``facts`` become fields of the `Site`. ``laws`` maps a law to "" where it holds here, else to the reason
+    why not. ``sources`` are the placeholders behind each of ``weights``.
     """
 
     kind: str
     pattern: str
     anchor: Node
     roles: Mapping[str, Node]
-    operands: Mapping[str, int | str] = field(default_factory=dict)
+    operands: Mapping[str, Edge | int | str] = field(default_factory=dict)
     tapped: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    layout: str = "BHSD"
+    layout: Mapping[str, str] = field(default_factory=dict)
     laws: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, WeightView] = field(default_factory=dict)
     sources: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def edge(self, role: str) -> Edge:
+        """Where ``role`` enters the kernel."""
+        where = self.operands[role]
+        return where if isinstance(where, Edge) else Edge(self.anchor, where)
 
     def with_note(self, note: str) -> Match:
         return replace(self, notes=(*self.notes, note))

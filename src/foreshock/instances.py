@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from foreshock.patterns import Match
 from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView
 
+_FIELDS = frozenset(field.name for field in fields(Site)) - {"id", "name", "kind", "pattern", "facts", "weights"}
 Held = Mapping[str, tuple[torch.Tensor, ...]]  # weight role -> the parameters that stand for it in one call
 
 
@@ -30,7 +31,7 @@ class Instance:
 
     def is_live(self) -> bool:
         """Whether its weights still exist: the id of a freed parameter may be another's by now."""
-        views = (self.site.q_weight, self.site.k_weight, self.site.weight)
+        views = (self.site.q_weight, self.site.k_weight, self.site.weight, *self.site.weights.values())
         return all(view is None or view.resolve() is not None for view in views)
 
     def status(self) -> SiteStatus:
@@ -78,8 +79,13 @@ class Instances:
         if paths:
             shared = ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False)))
             name = (shared if moved else _completed(name, shared)) or name
-        fields: dict[str, Any] = {**match.facts, **weights}
-        site = Site(self._fresh_id(match.kind, name), name, match.kind, match.pattern, **fields)
+        everything: dict[str, Any] = {**match.facts, **weights}
+        own = {key: value for key, value in everything.items() if key in _FIELDS}
+        facts = {key: value for key, value in match.facts.items() if key not in _FIELDS}
+        others = {role: view for role, view in weights.items() if role not in _FIELDS}
+        site = Site(
+            self._fresh_id(match.kind, name), name, match.kind, match.pattern, **own, facts=facts, weights=others
+        )
         return Instance(site, probe, facts, match.laws, match.notes)
 
     def _rebind(self, view: WeightView, parameters: tuple[torch.Tensor, ...]) -> WeightView:

@@ -94,10 +94,22 @@ class WeightView:
     def to_json(self) -> dict[str, Any]:
         return {"names": list(self.names), "axis": self.axis, "heads": self.heads}
 
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> WeightView:
+        """A view with its names and no tensor."""
+        empty = np.zeros((plain["heads"], 0), dtype=np.int64)
+        return cls(tuple(plain["names"]), empty, plain["axis"], tuple(range(plain["heads"])))
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One watched functional boundary: an attention or a router, with the weights that feed it."""
+    """One watched functional boundary: an attention or a router, with the weights that feed it.
+
+    ``masked``: keys are hidden by more than causality. ``sinks``: learned logits take a share of each row. ``groups``: a router
+    first chooses among groups of experts. ``biased``: a bias moves the choice and not the weights. ``selection``: how experts
+    are chosen ("topk", "argmax", "sort", "threshold", "tokens": experts choose tokens). ``facts`` and ``weights`` hold what a
+    kind of site of the user's own has beyond these.
+    """
 
     id: str
     name: str
@@ -110,20 +122,29 @@ class Site:
     causal: bool | None = None
     scale: float | None = None
     dropout: float = 0.0
+    masked: bool = False
+    softcap: float | None = None
+    sinks: bool = False
     dtype: str = "float32"
     q_weight: WeightView | None = field(default=None, compare=False)
     k_weight: WeightView | None = field(default=None, compare=False)
     experts: int | None = None
     top_k: int | None = None
     scoring: str | None = None
+    selection: str | None = None
+    groups: int | None = None
+    biased: bool = False
     weight: WeightView | None = field(default=None, compare=False)
+    facts: Facts = field(default_factory=dict)
+    weights: Mapping[str, WeightView] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only; weights keep their names."""
-        plain = asdict(replace(self, q_weight=None, k_weight=None, weight=None))
+        plain = asdict(replace(self, q_weight=None, k_weight=None, weight=None, weights={}))
         for role in ("q_weight", "k_weight", "weight"):
             view: WeightView | None = getattr(self, role)
             plain[role] = None if view is None else view.to_json()
+        plain["weights"] = {role: view.to_json() for role, view in self.weights.items()}
         return plain
 
     @classmethod
@@ -131,10 +152,9 @@ class Site:
         """The site as stored; weight views come back with their names and no tensor."""
         values = dict(plain)
         for role in ("q_weight", "k_weight", "weight"):
-            view = values.get(role)
-            if view is not None:
-                empty = np.zeros((view["heads"], 0), dtype=np.int64)
-                values[role] = WeightView(tuple(view["names"]), empty, view["axis"], tuple(range(view["heads"])))
+            if values.get(role) is not None:
+                values[role] = WeightView.from_json(values[role])
+        values["weights"] = {role: WeightView.from_json(view) for role, view in values.get("weights", {}).items()}
         return cls(**values)
 
 

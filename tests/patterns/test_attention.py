@@ -59,7 +59,7 @@ FORMS = {
 def test_every_form_of_the_call_is_one_site(capture, form: str) -> None:
     call, facts = FORMS[form]
     match = capture(Attention(call), _x()).match
-    assert (match.kind, match.pattern, match.layout) == ("attention", "scaled_dot_product_attention", "BHSD")
+    assert (match.kind, match.pattern, match.layout["k"]) == ("attention", "scaled_dot_product_attention", "b h s d")
     assert match.facts.items() >= {**facts, "heads": H, "kv_heads": H, "head_dim": D, "value_dim": D}.items()
     assert [match.roles[role].meta["example_value"].shape[1] for role in "qkv"] == [H, H, H]
     assert match.weights["q_weight"].names == ("q.weight",)
@@ -202,7 +202,7 @@ kernels = torch.ops.foreshock_tests
 
 def test_a_schema_with_q_k_v_is_enough_positions_first(capture) -> None:
     match = capture(Attention(lambda q, k, v: kernels.flash(q, k, v, True), layout="BSHD"), _x()).match
-    assert (match.pattern, match.layout) == ("foreshock_tests::flash", "BSHD")
+    assert (match.pattern, match.layout["k"]) == ("foreshock_tests::flash", "b s h d")
     assert match.facts.items() >= {"heads": H, "kv_heads": H, "causal": True, "scale": D**-0.5}.items()
     assert match.weights["q_weight"].names == ("q.weight",)
     assert any("schema" in note for note in match.notes)
@@ -210,7 +210,7 @@ def test_a_schema_with_q_k_v_is_enough_positions_first(capture) -> None:
 
 def test_a_schema_with_query_key_value_is_enough_heads_first(capture) -> None:
     match = capture(Attention(lambda q, k, v: kernels.flash_lse(q, k, v, scale=0.5)[0]), _x()).match
-    assert (match.pattern, match.layout) == ("foreshock_tests::flash_lse", "BHSD")
+    assert (match.pattern, match.layout["q"]) == ("foreshock_tests::flash_lse", "b h s d")
     assert match.facts["scale"] == 0.5
     assert match.facts["causal"] is None
     assert op(match.roles["out"]) == "getitem"
