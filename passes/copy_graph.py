@@ -1,4 +1,4 @@
-"""Copy a captured graph, for Dynamo reads the one it handed out again afterwards."""
+"""Copy a captured graph and the bodies it calls, for Dynamo reads the one it handed out again afterwards."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
+from foreshock.patterns.graph import body_of
+
 
 def copy_graph(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """A copy that shares ``module``'s submodules and metadata, and the map from old to new nodes."""
+    """A copy that shares ``module``'s other submodules and metadata, and the map from old to new nodes of the outermost graph."""
     graph = Graph()
     mapping: dict[Node, Node] = {}
     returned: Any = graph.graph_copy(module.graph, mapping, return_output_node=True)
@@ -22,4 +24,8 @@ def copy_graph(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
             new._dynamo_source = old._dynamo_source  # how AOTAutograd tells inputs apart
     copied = GraphModule(module, graph)
     copied.meta = dict(module.meta)
+    bodies = {str(node.args[0].target): body_of(node) for node in copied.graph.nodes if body_of(node) is not None}  # type: ignore[union-attr]
+    for name, body in bodies.items():
+        assert body is not None
+        setattr(copied, name, copy_graph(body)[0])
     return copied, mapping

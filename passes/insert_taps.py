@@ -3,51 +3,33 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 import json
 import operator
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from foreshock.passes.plan import Plan, Quantity, SitePlan
-from foreshock.passes.record import Recorder, Value
-from foreshock.passes.taps import ENTER, EXIT, register_statistics
+from foreshock.passes.plan import Frame, Plan, Quantity, SitePlan, add, before, version
+from foreshock.passes.taps import ENTER, LEAVE, register_statistics
+from foreshock.patterns.pattern import Edge
+
+_PASS = "insert_taps"
 
 
-def insert_taps(plan: Plan) -> None:
-    """A failing site keeps its forward probes; the rest go on."""
-    for site in plan.sites:
-        if site.probe.backward is None or not _differentiable(site):
-            continue
-        try:
-            written = [user for node in _tapped_nodes(site) for user in _readers(node) if _writes(user)]
-            if written:
-                raise ValueError(
-                    f"`{written[0].name}` writes into it in place; a tap's output is a view and must not be written"
-                )
-            sizes = _sizes(plan, site)
-            _tap(plan, site, sizes)
-        except Exception as error:
-            plan.fail(f"gradient tap at {site.label}", error)
+def insert_tap(plan: Plan, frame: Frame, site: SitePlan) -> None:
+    """A failing site keeps its forward statistics; the rest go on."""
+    if site.probe.backward is None or not _differentiable(site):
+        return
+    try:
+        _refuse_writes(frame, site)
+        _insert(plan, frame, site)
+    except Exception as error:
+        plan.fail(f"gradient tap at {site.label}", error)
 
 
 def _tapped(site: SitePlan) -> list[str]:
     return list(site.match.operands) or [role for role in (site.match.tapped,) if role]
-
-
-def _tapped_nodes(site: SitePlan) -> list[Node]:
-    """What gets a view in front of its readers: the kernel's output, or the tensor tapped itself."""
-    return [site.match.roles["out"]] if site.match.operands else [site.match.roles[role] for role in _tapped(site)]
-
-
-def _writes(node: Node) -> bool:
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    return (name.endswith("_") and not name.endswith("__")) or name in ("iadd", "isub", "imul", "itruediv", "setitem")
 
 
 def _differentiable(site: SitePlan) -> bool:
@@ -55,103 +37,132 @@ def _differentiable(site: SitePlan) -> bool:
     return bool(fakes) and all(isinstance(fake, torch.Tensor) and fake.requires_grad for fake in fakes)
 
 
-def _sizes(plan: Plan, site: SitePlan) -> dict[str, int]:
-    """Run the statistics on fake tensors: the sizes of its results, and an early failure if it cannot run."""
-    backward = site.probe.backward
+def _refuse_writes(frame: Frame, site: SitePlan) -> None:
+    """What stands behind a tap is a view of an autograd function: PyTorch forbids writing into it."""
+    match = site.match
+    for role in ("out",) if match.operands else _tapped(site):
+        end = next(iter(reversed(frame.graph.nodes)))
+        written = frame.view.written(match.roles[role], end) if role in match.roles else []
+        if written:
+            raise ValueError(f"`{written[0].node.name}` writes into {role} in place, which a tap forbids")
+
+
+def _insert(plan: Plan, frame: Frame, site: SitePlan) -> None:
+    match, backward, _graph = site.match, site.probe.backward, frame.graph
     assert backward is not None
-    fakes = {role: site.match.roles[role].meta["example_value"].detach() for role in _tapped(site)}
-    if site.match.operands:
-        fakes["out"] = site.match.roles["out"].meta["example_value"].detach()
-    with plan.fake_mode, torch.no_grad(), torch.autocast(plan.device.type, enabled=False):
-        results = backward(site.facts, fakes, fakes)
-    return {name: int(result.numel()) for name, result in results.items()}
-
-
-def _tap(plan: Plan, site: SitePlan, sizes: dict[str, int]) -> None:
-    match, probe = site.match, site.probe
-    assert probe.backward is not None
-    backward = probe.backward
-    name = f"{probe.name}:{getattr(backward, '__qualname__', '')}:{_version(backward)}"
-    report = plan.report and functools.partial(plan.report, f"gradient statistics of probe `{probe.name}`")
-    register_statistics(name, lambda spec, tensors, grads: list(backward(spec, tensors, grads).values()), report)
     roles = _tapped(site)
-    spec: dict[str, Any] = {**site.facts, "statistics": name, "roles": roles}
-    if match.operands:
-        spec["carrier_width"] = int(match.facts["value_dim"])
-    recorder = Recorder(plan.graph, plan.fake_mode, "insert_taps", site.label)
-    first = match.anchor if match.operands else match.roles[roles[0]].next
-    users = _readers(match.roles[roles[0]]) if not match.operands else []
-    piece_fake = plan.fake_mode.from_tensor(torch.zeros(sum(sizes.values()), device=plan.device), static_shapes=True)
-    with recorder.before(first):
-        piece = recorder.create_node("call_function", _placeholder_piece, (), {})
-        piece.meta["example_value"] = piece_fake
-        inputs = [Value(_source(site, role), recorder) for role in roles]
-        entered: Any = recorder.create_proxy(
-            "call_function", ENTER, (inputs, Value(piece, recorder), json.dumps(spec)), {}
-        )
-        views = [entered[i] for i in range(len(roles) + (2 if match.operands else 0))]
-    if match.operands:
-        for view, role in zip(views, roles, strict=False):
-            _replace_operand(match.anchor, match.operands[role], view.node)
-        out = match.roles["out"]
-        readers = _readers(out)
-        with recorder.before(out.next):
-            left = recorder.create_proxy("call_function", EXIT, (Value(out, recorder), views[len(roles) :]), {})
-        for reader in readers:
-            reader.replace_input_with(out, left.node)
-    else:
-        for user in users:
-            user.replace_input_with(match.roles[roles[0]], views[0].node)
-    plan.pieces.append(piece)
-    for name, size in sizes.items():
-        plan.backward.append(Quantity(site.index, name, size, "max" if name in probe.maxima else "sum"))
+    nodes = {role: match.roles[role] for role in (*roles, *(["out"] if _leaves(site) else []))}
+    name = f"{site.probe.name}:{getattr(backward, '__qualname__', '')}:{version(backward)}"
+    spec: dict[str, Any] = {"layout": {}, **site.facts, "statistics": name, "roles": roles}
+    key = (id(site.probe), json.dumps(spec))
+    sizes = plan.sizes(key, nodes, lambda fakes: backward(site.facts, fakes, fakes))
+    report = plan.report and functools.partial(plan.report, f"gradient statistics of probe `{site.probe.name}`")
+    register_statistics(name, backward, report)
+    piece = _tap_edges(plan, frame, site, spec) if match.operands else _tap_tensor(plan, frame, site, spec)
+    piece.meta["example_value"] = torch.empty(sum(sizes.values()), device="meta")
+    frame.pieces.append(piece)
+    for quantity, length in sizes.items():
+        merge = "max" if quantity in site.probe.maxima else "sum"
+        frame.backward.append(Quantity(site.index, quantity, length, merge))
 
 
-def _placeholder_piece() -> None:
-    """Stands for a site's piece of the slot until the slot's size is known."""
+def _leaves(site: SitePlan) -> bool:
+    return bool(site.match.operands) and "out" in site.match.roles
 
 
-@functools.cache
-def _version(function: Callable[..., Any]) -> str:
-    """Changes when the statistics' source does, so that no cache serves a graph compiled with an older one."""
-    try:
-        text = inspect.getsource(sys.modules[function.__module__])
-    except (OSError, TypeError, KeyError):
-        text = repr(getattr(function, "__code__", function))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _tap_tensor(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any]) -> Node:
+    """A view of one tensor in front of all its readers."""
+    (role,) = spec["roles"]
+    source = site.match.roles[role]
+    readers = _readers(source)
+    with before(frame.graph, _past_placeholders(source.next)):
+        piece, (view,) = _enter(frame, site, [source], spec)
+    for reader in readers:
+        reader.replace_input_with(source, view)
+    return piece
 
 
-def _source(site: SitePlan, role: str) -> Node:
-    """What enters the kernel as ``role`` now: a neighbouring site's tap may stand before it already."""
-    if role not in site.match.operands:
-        return site.match.roles[role]
-    where, anchor = site.match.operands[role], site.match.anchor
-    found = anchor.kwargs[where] if isinstance(where, str) else anchor.args[where]
-    assert isinstance(found, Node)
-    return found
+def _tap_edges(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any]) -> Node:
+    """Views on the edges into the kernel, and one behind it. An operand made after the first has entered goes the way of the
+    output: its gradient comes back through carriers."""
+    match, graph, order = site.match, frame.graph, frame.view.order
+    edges = {role: match.edge(role) for role in spec["roles"]}
+    first = min((edge.node for edge in edges.values()), key=order.__getitem__)
+    late = [role for role, node in match.roles.items() if role in edges and order.get(node, -1) > order[first]]
+    width = int(match.facts["value_dim"])
+    behind = [(role, "k") for role in late] + ([("out", "q")] if _leaves(site) else [])
+    spec["late"] = [{"role": role, "like": like, "width": width} for role, like in behind]
+    early = spec["roles"] = [role for role in spec["roles"] if role not in late]
+    with before(graph, first):
+        piece, made = _enter(frame, site, [edges[role].source for role in early], spec)
+    for role, view in zip(early, made, strict=False):
+        _replace(edges[role], view)
+    carriers = made[len(early) :]
+    for position, (role, _) in enumerate(behind):
+        pair = carriers[2 * position : 2 * position + 2]
+        source = match.roles["out"] if role == "out" else edges[role].source
+        readers = _readers(source)
+        with before(graph, source.next if role == "out" else edges[role].node):
+            args = (source, pair, match.layout[role])
+            left = add(graph, LEAVE, args, source.meta["example_value"], _PASS, site.label)
+        if role == "out":
+            for reader in readers:
+                reader.replace_input_with(source, left)
+        else:
+            _replace(edges[role], left)
+    return piece
+
+
+def _enter(frame: Frame, site: SitePlan, inputs: list[Node], spec: dict[str, Any]) -> tuple[Node, list[Node]]:
+    """The op before the kernel, with a stand-in for its piece of the slot; its results: views, then carriers."""
+    values = [node.meta["example_value"] for node in inputs]
+    values += [values[0]] * (2 * len(spec.get("late", ())))  # carriers have no reader that asks
+    piece = add(frame.graph, _piece, (), None, _PASS, site.label)
+    entered = add(frame.graph, ENTER, (inputs, piece, json.dumps(spec)), None, _PASS, site.label)
+    made = [
+        add(frame.graph, operator.getitem, (entered, i), value, _PASS, site.label) for i, value in enumerate(values)
+    ]
+    return piece, made
+
+
+def _piece() -> None:
+    """Stands for a piece of the slot until the slot's size is known."""
+
+
+def piece(frame: Frame, size: int, site: str = "") -> Node:
+    """A stand-in for ``size`` numbers of the slot, where the graph inserts now."""
+    node = add(frame.graph, _piece, (), torch.empty(size, device="meta"), _PASS, site)
+    frame.pieces.append(node)
+    return node
 
 
 def _readers(node: Node) -> list[Node]:
     """Users of ``node`` that are not probes: probes read the raw tensor."""
-    return [user for user in node.users if user.meta.get("foreshock", {}).get("pass") != "insert_probes"]
+    return [user for user in node.users if user.meta.get("foreshock", {}).get("pass") != "insert_reads"]
 
 
-def _replace_operand(anchor: Node, where: int | str, new: Node) -> None:
+def _replace(edge: Edge, new: Node) -> None:
+    node, where = edge
     if isinstance(where, str):
-        anchor.kwargs = {**anchor.kwargs, where: new}
+        node.kwargs = {**node.kwargs, where: new}
     else:
-        anchor.args = (*anchor.args[:where], new, *anchor.args[where + 1 :])
+        node.args = (*node.args[:where], new, *node.args[where + 1 :])
 
 
-def feed_slot(plan: Plan, slot: Node) -> None:
+def feed_slot(plan: Plan, frame: Frame, slot: Node) -> None:
     """Cut the slot into pieces with one split, whose backward is one concatenation: all statistics arrive in one vector."""
-    if not plan.pieces:
+    if not frame.pieces:
         return
-    lengths = [piece.meta["example_value"].shape[0] for piece in plan.pieces]
-    recorder = Recorder(plan.graph, plan.fake_mode, "insert_taps", "")
-    with recorder.before(slot.next):
-        whole = torch.split(Value(slot, recorder), lengths)  # type: ignore[arg-type]  # a Value is traced like a tensor
-        for index, piece in enumerate(plan.pieces):
-            cut = recorder.create_node("call_function", operator.getitem, (whole.node, index), {})  # type: ignore[attr-defined]
-            piece.replace_all_uses_with(cut)
-            plan.graph.erase_node(piece)
+    lengths = [piece.meta["example_value"].shape[0] for piece in frame.pieces]
+    with before(frame.graph, _past_placeholders(slot)):
+        whole = add(frame.graph, torch.split, (slot, lengths), None, _PASS)
+        for index, (stand_in, length) in enumerate(zip(frame.pieces, lengths, strict=True)):
+            cut = add(frame.graph, operator.getitem, (whole, index), plan.fake(length), _PASS)
+            stand_in.replace_all_uses_with(cut)
+            frame.graph.erase_node(stand_in)
+
+
+def _past_placeholders(node: Node) -> Node:
+    while node.op == "placeholder":
+        node = node.next
+    return node

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from foreshock.patterns import Match
+from foreshock.patterns import GraphView, Match
 from foreshock.records import Facts, Probe
 
 
@@ -35,38 +40,98 @@ class SitePlan:
 
 
 @dataclass(eq=False)
+class Frame:
+    """One graph while it is rewritten, the outermost or a body: what its sites will pack, and the pieces of slot they need."""
+
+    view: GraphView
+    rows: Node
+    forward: list[Quantity] = field(default_factory=list)
+    backward: list[Quantity] = field(default_factory=list)
+    packed: list[Node] = field(default_factory=list)
+    pieces: list[Node] = field(default_factory=list)
+
+    @property
+    def graph(self) -> Graph:
+        return self.view.graph
+
+    @property
+    def slot_size(self) -> int:
+        return sum(quantity.size for quantity in self.backward)
+
+    @property
+    def packed_size(self) -> int:
+        return sum(quantity.size for quantity in self.forward)
+
+
+@dataclass(eq=False)
 class Plan:
-    """One graph being rewritten."""
+    """One capture being rewritten. ``view`` is of the copied graph."""
 
     module: GraphModule
+    view: GraphView
     sites: list[SitePlan]
     fake_mode: Any
     device: torch.device
     rows: int
     strict: bool
     report: Callable[[str, Exception], None] | None = None  # for failures that show only once the graph runs
-    forward: list[Quantity] = field(default_factory=list)
-    backward: list[Quantity] = field(default_factory=list)
-    pieces: list[Node] = field(default_factory=list)
-    packed: list[Node] = field(default_factory=list)
+    bodies: dict[Graph, tuple[GraphView, Frame]] = field(
+        default_factory=dict
+    )  # rewritten already, for their first call
     failures: list[tuple[str, Exception]] = field(default_factory=list)
+    _sizes: dict[Any, dict[str, int]] = field(default_factory=dict)
 
-    @property
-    def graph(self) -> Graph:
-        return self.module.graph
+    def sites_in(self, view: GraphView) -> list[SitePlan]:
+        """The sites that stand in the graph of ``view`` itself."""
+        return [site for site in self.sites if site.match.view is view]
 
-    @property
-    def slot_size(self) -> int:
-        return sum(quantity.size for quantity in self.backward)
+    def sizes(self, key: tuple[Any, ...], nodes: Mapping[str, Node], run: Callable[..., Any]) -> dict[str, int]:
+        """Run statistics on fake tensors: the sizes of the results, and an early failure. Like sites are run once."""
+        fakes = {role: node.meta["example_value"].detach() for role, node in nodes.items()}
+        lies = tuple((role, str(x.shape), str(x.stride()), x.dtype) for role, x in fakes.items())
+        if (key, lies) not in self._sizes:
+            with self.fake_mode, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                self._sizes[key, lies] = {name: int(result.numel()) for name, result in run(fakes).items()}
+        return self._sizes[key, lies]
 
-    def needs_autocast_guard(self) -> bool:
-        """Whether an autocast region, of the caller or in the graph, could reach inserted arithmetic."""
-        if torch.is_autocast_enabled(self.device.type):
-            return True
-        return any("autocast" in getattr(node.target, "__name__", "") for node in self.graph.nodes)
+    def fake(self, size: int) -> torch.Tensor:
+        """An fp32 vector as the capture would have seen it."""
+        with self.fake_mode:
+            return torch.empty(size, device=self.device)
 
     def fail(self, what: str, error: Exception) -> None:
         """Record a failure and go on; under ``strict`` it is raised."""
         if self.strict:
             raise error
         self.failures.append((what, error.with_traceback(None)))  # frames would keep the first batch alive
+
+
+def add(graph: Graph, target: Any, args: tuple[Any, ...], value: Any, written_by: str, site: str = "") -> Node:
+    """A call where ``graph`` inserts now, with its fake ``value`` and the mark of who wrote it."""
+    node = graph.call_function(target, args)
+    node.meta["example_value"] = value
+    node.meta["foreshock"] = {"pass": written_by, "site": site}
+    return node
+
+
+@contextmanager
+def before(graph: Graph, node: Node) -> Iterator[None]:
+    """Insert in front of ``node``; if the block raises, nothing of it stays."""
+    start = node.prev
+    try:
+        with graph.inserting_before(node):
+            yield
+    except BaseException:
+        while node.prev is not start:
+            graph.erase_node(node.prev)
+        raise
+
+
+@functools.cache
+def version(function: Callable[..., Any]) -> str:
+    """Changes when the source of ``function``'s module does, so that no cache serves what was compiled with an older one."""
+    try:
+        text = inspect.getsource(sys.modules[function.__module__])
+    except (OSError, TypeError, KeyError):
+        text = repr(getattr(function, "__code__", function))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

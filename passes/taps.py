@@ -1,13 +1,16 @@
-"""Gradient taps: two functional ops that read gradients where they enter and leave a kernel.
+"""The three ops that foreshock puts into a graph: one reads a boundary forward, two read gradients there.
 
-``foreshock::enter(inputs, slot, spec)`` stands before the kernel, ``foreshock::exit(out, carriers)`` behind it. Forward, both
-are views. Backward, ``exit`` sees dO and hands dO and O back to ``enter`` as the "gradients" of two carriers (free
-expanded views of the first input); ``enter`` then holds every input, output and gradient of the kernel at once, computes the
-site's statistics with the function registered for it, and returns them as the gradient of ``slot``.
+``foreshock::read(tensors, rows, spec)`` returns a site's forward statistics as one vector.
 
-Both ops are composite: autograd and the compilers see through them to ordinary torch ops, and the compile caches accept
-them as ops, which they do not with Python functions in the graph. ``spec`` is a JSON string; it names the statistics and
-carries everything they depend on, so that it is part of every cache key.
+``foreshock::enter(inputs, slot, spec)`` stands before the kernel, ``foreshock::leave(x, carriers, layout)`` behind it. Forward,
+both are views. Backward, ``leave`` sees dO and hands dO and O back to ``enter`` as the "gradients" of two carriers (free
+expanded views of an input); ``enter`` then holds every input, output and gradient of the kernel at once, computes the
+site's statistics with the function registered for it, and returns them as the gradient of ``slot``. An operand that is made
+only after another has entered (values after logits) takes the same way back as the output.
+
+All are composite: autograd and the compilers see through them to ordinary torch ops, and the compile caches accept them as
+ops, which they do not with Python functions in the graph. ``spec`` is a JSON string; it names the statistics and carries
+everything they depend on, so that it is part of every cache key.
 """
 
 from __future__ import annotations
@@ -22,29 +25,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foreshock.layout import canonical
+
 Spec = Mapping[str, Any]
-# (spec, tensors by role, gradients by role) -> tensors whose concatenation is the site's piece of the slot
-Statistics = Callable[[Spec, Mapping[str, Tensor], Mapping[str, Tensor]], list[Tensor]]
+Named = Mapping[str, Tensor]  # tensors by role
+# (spec, tensors, gradients or random rows) -> statistics by name
+Statistics = Callable[[Spec, Named, Any], Mapping[str, Tensor]]
 
 _log = logging.getLogger("foreshock")
 _statistics: dict[str, Statistics] = {}
 _on_error: dict[str, Callable[[Exception], None]] = {}
 _library = torch.library.Library("foreshock", "DEF")
+_library.define("read(Tensor[] tensors, Tensor rows, str spec) -> Tensor")
 _library.define("enter(Tensor[] inputs, Tensor slot, str spec) -> Tensor[]")
-_library.define("exit(Tensor out, Tensor[] carriers) -> Tensor")
+_library.define("leave(Tensor x, Tensor[] carriers, str layout) -> Tensor")
 
 
 def register_statistics(name: str, function: Statistics, on_error: Callable[[Exception], None] | None = None) -> None:
-    """Make ``function`` available to taps whose spec says ``{"statistics": name}``.
+    """Make ``function`` available to ops whose spec says ``{"statistics": name}``.
 
-    Where it fails, ``on_error`` is told (the log, if there is none), the site's piece is NaN and the backward goes on.
+    Where it fails, ``on_error`` is told (the log, if there is none), the site's numbers are NaN and training goes on.
     """
     _statistics[name] = function
     _on_error[name] = on_error or functools.partial(_warn, name)
 
 
 def _warn(name: str, error: Exception) -> None:
-    _log.warning("reading gradients with `%s` failed: %s; they are left out", name, error)
+    _log.warning("reading statistics with `%s` failed: %s; they are left out", name, error)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -53,54 +60,70 @@ def _parse(spec: str) -> Spec:
     return parsed
 
 
+def packed(results: Mapping[str, Tensor]) -> Tensor:
+    """Statistics as one fp32 vector."""
+    return torch.cat([result.reshape(-1).float() for result in results.values()])
+
+
+def _compute(spec: Spec, tensors: Named, more: Any, size: int, device: torch.device) -> Tensor:
+    try:
+        with torch.autocast(device.type, enabled=False):  # in the precision that the probe names
+            return packed(_statistics[spec["statistics"]](spec, tensors, more))
+    except Exception as error:
+        _on_error[spec["statistics"]](error)
+        return torch.full((size,), math.nan, device=device)
+
+
+def _read(tensors: list[Tensor], rows: Tensor, spec: str) -> Tensor:
+    parsed = _parse(spec)
+    named = {role: x.detach() for role, x in zip(parsed["roles"], tensors, strict=True)}
+    return _compute(parsed, named, rows, parsed["size"], rows.device)
+
+
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: str, slot: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
         ctx.spec, ctx.slot_size = spec, slot.shape[0]
         ctx.set_materialize_grads(False)
-        views = tuple(x.view_as(x) for x in inputs)
-        width = _parse(spec).get("carrier_width")
-        if width is None:
-            return views
-        first = inputs[0]
-        carrier = first[..., :1].expand(*first.shape[:-1], width)
-        return (*views, carrier, carrier.view_as(carrier))
+        parsed = _parse(spec)
+        named = dict(zip(parsed["roles"], inputs, strict=True))
+        carriers = []
+        for late in parsed.get("late", ()):
+            lead = canonical(named[late["like"]], parsed["layout"][late["like"]])[..., :1]
+            carrier = lead.expand(*lead.shape[:-1], late["width"])
+            carriers += [carrier, carrier.view_as(carrier)]
+        return (*(x.view_as(x) for x in inputs), *carriers)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        spec = _parse(ctx.spec)
-        roles = spec["roles"]
-        tensors = dict(zip(roles, inputs, strict=True))
-        arrived = dict(zip(roles, grads[: len(inputs)], strict=True))
-        if "carrier_width" in spec:
-            arrived["out"] = grads[len(inputs)]
-            tensors["out"] = grads[len(inputs) + 1]
+        inputs, spec = ctx.saved_tensors, _parse(ctx.spec)
+        tensors: dict[str, Tensor | None] = dict(zip(spec["roles"], inputs, strict=True))
+        arrived = dict(zip(spec["roles"], grads[: len(inputs)], strict=True))
+        for i, late in enumerate(spec.get("late", ())):
+            arrived[late["role"]], tensors[late["role"]] = grads[len(inputs) + 2 * i : len(inputs) + 2 * i + 2]
         passed_on = grads[: len(inputs)]
         if any(grad is None for grad in (*arrived.values(), *tensors.values())):
             return (None, None, *passed_on)
+        canonical_now = {late["role"]: "b h s d" for late in spec.get("late", ())}
+        spec = {**spec, "layout": {**spec["layout"], **canonical_now}} if canonical_now else spec
         detached = {role: grad.detach() for role, grad in arrived.items() if grad is not None}
-        try:
-            pieces = _statistics[spec["statistics"]](spec, tensors, detached)
-            stats = torch.cat([piece.reshape(-1).float() for piece in pieces])
-        except Exception as error:
-            _on_error[spec["statistics"]](error)
-            stats = torch.full((ctx.slot_size,), math.nan, device=inputs[0].device)
+        known = {role: x for role, x in tensors.items() if x is not None}
+        stats = _compute(spec, known, detached, ctx.slot_size, inputs[0].device)
         return (None, stats, *passed_on)
 
 
-class _Exit(torch.autograd.Function):
+class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, *carriers: Tensor) -> Tensor:
-        ctx.save_for_backward(out)
-        ctx.dtype = carriers[0].dtype
-        return out.view_as(out)
+    def forward(ctx: Any, layout: str, x: Tensor, *carriers: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layout, ctx.dtype = layout, carriers[0].dtype
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (out,) = ctx.saved_tensors
-        return grad, grad.to(ctx.dtype), out.to(ctx.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        (x,) = ctx.saved_tensors
+        return None, grad, *(canonical(t, ctx.layout).to(ctx.dtype) for t in (grad, x))
 
 
 def _enter(inputs: list[Tensor], slot: Tensor, spec: str) -> list[Tensor]:
@@ -108,14 +131,16 @@ def _enter(inputs: list[Tensor], slot: Tensor, spec: str) -> list[Tensor]:
     return list(apply(spec, slot, *inputs))
 
 
-def _exit(out: Tensor, carriers: list[Tensor]) -> Tensor:
-    apply: Any = _Exit.apply
-    result: Tensor = apply(out, *carriers)
+def _leave(x: Tensor, carriers: list[Tensor], layout: str) -> Tensor:
+    apply: Any = _Leave.apply
+    result: Tensor = apply(layout, x, *carriers)
     return result
 
 
+_library.impl("read", _read, "CompositeImplicitAutograd")
 _library.impl("enter", _enter, "CompositeImplicitAutograd")
-_library.impl("exit", _exit, "CompositeImplicitAutograd")
+_library.impl("leave", _leave, "CompositeImplicitAutograd")
 
+READ = torch.ops.foreshock.read.default
 ENTER = torch.ops.foreshock.enter.default
-EXIT = torch.ops.foreshock.exit.default
+LEAVE = torch.ops.foreshock.leave.default

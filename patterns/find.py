@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -39,7 +39,7 @@ class Findings:
 
 
 def find(view: GraphView, extra: Iterable[Pattern] = ()) -> Findings:
-    """Every site of the graph. A pattern that raises is reported in ``errors`` and skipped for that node."""
+    """Every site of the graph and of the bodies it calls. A pattern that raises is reported in ``errors`` and skipped."""
     table: dict[str, list[Pattern]] = {}
     for pattern in (*extra, *_registered, *BUILTIN):
         for anchor in pattern.anchors:
@@ -47,6 +47,17 @@ def find(view: GraphView, extra: Iterable[Pattern] = ()) -> Findings:
     matches: list[Match] = []
     misses: list[Miss] = []
     errors: list[tuple[str, Exception]] = []
+    for region in view.walk():
+        found = _in_one(region, table, errors)
+        matches += [replace(match, view=region) for match in found if isinstance(match, Match)]
+        misses += [miss for miss in found if isinstance(miss, Miss) and not miss.quiet]
+    return Findings(tuple(matches), tuple(misses), tuple(errors))
+
+
+def _in_one(
+    view: GraphView, table: Mapping[str, list[Pattern]], errors: list[tuple[str, Exception]]
+) -> list[Match | Miss]:
+    results: list[Match | Miss] = []
     for node in list(view.graph.nodes):
         candidates = table.get(op(node), ())
         found: Match | Miss | None = None
@@ -60,24 +71,23 @@ def find(view: GraphView, extra: Iterable[Pattern] = ()) -> Findings:
                 break
         if not candidates and _is_opaque(node):
             found = described_by_schema(view, node)
-        if isinstance(found, Match):
-            matches.append(found)
-        elif isinstance(found, Miss) and not found.quiet:
-            misses.append(found)
+        if found is not None:
+            results.append(found)
+    matches = [result for result in results if isinstance(result, Match)]
+    misses = [result for result in results if isinstance(result, Miss) and not result.quiet]
     routers = last_per_weight([match for match in matches if match.kind == "router" and "logits" in match.roles])
     kept = [match for match in matches if match.kind != "router" or "logits" not in match.roles or match in routers]
     of_routers = _on_the_way_to(routers, view) if misses and routers else set()
-    return Findings(tuple(kept), tuple(miss for miss in misses if miss.anchor not in of_routers), tuple(errors))
+    return [*kept, *(miss for miss in misses if miss.anchor not in of_routers)]
 
 
 def _on_the_way_to(routers: Iterable[Match], view: GraphView) -> set[Node]:
     """Selections between a router's logits and its choice belong to it. Masks may be written in place: order counts, not flow."""
-    order = {node: position for position, node in enumerate(view.graph.nodes)}
     return {
         node
         for router in routers
         for node in view.forward_slice(router.roles["logits"])
-        if order[node] < order[router.anchor]
+        if view.order[node] < view.order[router.anchor]
     }
 
 

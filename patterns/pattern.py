@@ -49,6 +49,7 @@ class Match:
     weights: Mapping[str, WeightView] = field(default_factory=dict)
     sources: Mapping[str, tuple[Node, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    view: GraphView | None = None  # of the graph or body in which it stands; `find` fills it in
 
     def edge(self, role: str) -> Edge:
         """Where ``role`` enters the kernel."""

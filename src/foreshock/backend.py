@@ -59,6 +59,9 @@ class Backend:
         watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
         findings = find(view, watch.patterns)
         _note(watch, findings)
+        if watch.on_match is not None:
+            for match in findings.matches:
+                watch.on_match(view, match)
         training = torch.is_grad_enabled()
         sites = [
             site for site in (self._site(i, match) for i, match in enumerate(findings.matches)) if site is not None
@@ -70,7 +73,7 @@ class Backend:
         fakes = [node.meta.get("example_value") for node in copied.graph.nodes if node.op == "placeholder"]
         fake_mode = _torch.fake_mode_of([fake for fake in fakes if isinstance(fake, torch.Tensor)])
         device = sites[0].match.roles[next(iter(sites[0].match.roles))].meta["example_value"].device
-        plan = Plan(copied, sites, fake_mode, device, watch.settings.rows, watch.settings.strict, watch.fail)
+        plan = Plan(copied, view, sites, fake_mode, device, watch.settings.rows, watch.settings.strict, watch.fail)
         rewritten = instrument(plan) if training else None
         watch.rewriting_seconds += time.perf_counter() - start
         for what, error in plan.failures:

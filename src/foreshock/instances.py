@@ -81,10 +81,10 @@ class Instances:
             name = (shared if moved else _completed(name, shared)) or name
         everything: dict[str, Any] = {**match.facts, **weights}
         own = {key: value for key, value in everything.items() if key in _FIELDS}
-        facts = {key: value for key, value in match.facts.items() if key not in _FIELDS}
+        further = {key: value for key, value in match.facts.items() if key not in _FIELDS}
         others = {role: view for role, view in weights.items() if role not in _FIELDS}
         site = Site(
-            self._fresh_id(match.kind, name), name, match.kind, match.pattern, **own, facts=facts, weights=others
+            self._fresh_id(match.kind, name), name, match.kind, match.pattern, **own, facts=further, weights=others
         )
         return Instance(site, probe, facts, match.laws, match.notes)
 

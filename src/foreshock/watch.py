@@ -22,7 +22,7 @@ from foreshock.instances import Instances
 from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
 from foreshock.monitors.attention_probe import ATTENTION
 from foreshock.monitors.router_probe import ROUTER
-from foreshock.patterns import Pattern
+from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site
 from foreshock.runtime import Sample
@@ -91,6 +91,7 @@ class Watch:
         self.instances = Instances()
         self.clock = StepClock()
         self.stop_requested = False
+        self.on_match: Callable[[GraphView, Match], None] | None = None  # called with every match of a capture
         self._probes = {probe.kind: probe for probe in (ATTENTION, ROUTER, *probes)}
         self._act = on_alarm if callable(on_alarm) else self.settings.on_alarm
         self._reported: dict[str, str] = {}

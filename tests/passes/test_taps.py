@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from foreshock.passes.taps import ENTER, EXIT, register_statistics
+from foreshock.passes.taps import ENTER, LEAVE, READ, register_statistics
 
 sdpa = functional.scaled_dot_product_attention
 ROLES = ("q", "k", "v")
+LAYOUT = dict.fromkeys(ROLES, "b h s d")
+LATE = [{"role": "out", "like": "q", "width": 8}]
 
 
 def _spec(name: str, **facts) -> str:
-    return json.dumps({"statistics": name, "roles": list(ROLES), "carrier_width": 8, **facts})
+    return json.dumps({"statistics": name, "roles": list(ROLES), "layout": LAYOUT, "late": LATE, **facts})
 
 
 def _inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -27,7 +29,7 @@ def _inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 def _tapped(inputs: list[Tensor], slot: Tensor, spec: str) -> Tensor:
     *views, carrier_grad, carrier_out = ENTER(inputs, slot, spec)
-    return EXIT(sdpa(*views), [carrier_grad, carrier_out])
+    return LEAVE(sdpa(*views), [carrier_grad, carrier_out], "b h s d")
 
 
 def _compiled(backend: str):
@@ -35,12 +37,13 @@ def _compiled(backend: str):
     return torch.compile(_tapped, backend=backend, fullgraph=True) if backend != "none" else _tapped
 
 
-def _sums(spec, tensors, gradients) -> list[Tensor]:
+def _sums(spec, tensors, gradients) -> dict[str, Tensor]:
     """Of all that a tap sees: sums of the four tensors and of the four gradients."""
     order = (*ROLES, "out")
-    return [
-        torch.stack([t[role].float().sum() * spec.get("factor", 1) for role in order]) for t in (tensors, gradients)
-    ]
+    return {
+        name: torch.stack([t[role].float().sum() * spec.get("factor", 1) for role in order])
+        for name, t in (("tensors", tensors), ("gradients", gradients))
+    }
 
 
 register_statistics("test_sums", _sums)
@@ -93,9 +96,9 @@ def test_an_unused_output_leaves_the_slot_empty(one_thread) -> None:
 
 
 def test_a_tap_without_a_kernel(one_thread) -> None:
-    register_statistics("test_norm", lambda spec, tensors, grads: [grads["logits"].square().sum()])
+    register_statistics("test_norm", lambda spec, tensors, grads: {"square": grads["logits"].square().sum()})
     logits, slot = torch.randn(4, 3, requires_grad=True), torch.zeros(1, requires_grad=True)
-    (view,) = ENTER([logits], slot, json.dumps({"statistics": "test_norm", "roles": ["logits"]}))
+    (view,) = ENTER([logits], slot, json.dumps({"statistics": "test_norm", "roles": ["logits"], "layout": {}}))
     (view * 3).sum().backward()
     torch.testing.assert_close(slot.grad, torch.tensor([9.0 * 12]))
     assert torch.equal(logits.grad, torch.full((4, 3), 3.0))
@@ -131,8 +134,55 @@ def test_a_statistic_that_fails_is_told_to_whoever_asked(one_thread, caplog) -> 
 
 def test_a_second_registration_replaces_the_first(one_thread) -> None:
     for factor in (1.0, 5.0):
-        register_statistics("test_again", lambda spec, t, g, factor=factor: [g["logits"].sum() * factor])
+        register_statistics("test_again", lambda spec, t, g, factor=factor: {"sum": g["logits"].sum() * factor})
         logits, slot = torch.randn(3, requires_grad=True), torch.zeros(1, requires_grad=True)
-        (view,) = ENTER([logits], slot, json.dumps({"statistics": "test_again", "roles": ["logits"]}))
+        (view,) = ENTER([logits], slot, json.dumps({"statistics": "test_again", "roles": ["logits"], "layout": {}}))
         view.sum().backward()
         assert slot.grad == 3 * factor
+
+
+@pytest.mark.parametrize("backend", ["none", "aot_eager"])
+def test_an_operand_made_late_comes_the_way_of_the_output(one_thread, backend: str) -> None:
+    """Values that exist only after the logits; output ``[B, S, H, D]``, and carriers of another width than q's."""
+    layout = {"q": "b h s d", "k": "b h d s", "v": "b h s d", "out": "b s h d"}
+    late = [{"role": "v", "like": "k", "width": 5}, {"role": "out", "like": "q", "width": 5}]
+    spec = json.dumps({"statistics": "test_sums", "roles": ["q", "k"], "layout": layout, "late": late})
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor | None) -> Tensor:
+        carriers: list[Tensor] = []
+        if slot is not None:
+            q, k, *carriers = ENTER([q, k], slot, spec)
+        p = (q @ k).softmax(-1)
+        v = v * 2
+        if slot is not None:
+            v = LEAVE(v, carriers[:2], layout["v"])
+        out = (p @ v).transpose(1, 2)
+        return out if slot is None else LEAVE(out, carriers[2:], layout["out"])
+
+    g = torch.Generator().manual_seed(0)
+    sizes = ((2, 3, 5, 4), (2, 3, 4, 6), (2, 3, 6, 5))
+    given = [torch.randn(*size, generator=g) for size in sizes]
+    slot = torch.zeros(8, requires_grad=True)
+    torch._dynamo.reset()
+    call = torch.compile(attention, backend=backend, fullgraph=True) if backend != "none" else attention
+    results = []
+    for watched in (None, slot):
+        inputs = [x.clone().requires_grad_() for x in given]
+        out = (attention if watched is None else call)(*inputs, watched)
+        do = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        out.backward(do)
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    q, k, v = given
+    (dq, dk, dv), out = results[0][1:], results[0][0]
+    expected = torch.stack([x.sum() for x in (q, k, 2 * v, out, dq, dk, dv / 2, do)])
+    torch.testing.assert_close(slot.grad, expected)
+
+
+def test_reading_a_boundary_is_no_part_of_the_gradient(one_thread) -> None:
+    register_statistics("test_read", lambda spec, t, rows: {"sum": t["x"].sum(), "rows": rows[:2]})
+    x, rows = torch.randn(3, requires_grad=True), torch.rand(4)
+    spec = json.dumps({"statistics": "test_read", "roles": ["x"], "size": 3})
+    vector = torch.compile(lambda: READ([x], rows, spec), backend="aot_eager", fullgraph=True)()
+    assert not vector.requires_grad
+    torch.testing.assert_close(vector, torch.cat([x.detach().sum().reshape(1), rows[:2]]))
