@@ -27,6 +27,15 @@ def fake_mode_of(values: list[Any]) -> Any:
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
+@contextlib.contextmanager
+def evaluating(values: list[Any]) -> Iterator[None]:
+    """Run torch code on fake tensors as Dynamo does, also where sizes are symbolic. Checked on 2.13."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with fake_mode_of(values), enable_python_dispatcher():
+        yield
+
+
 def to_fake(context: Any, values: list[Any]) -> list[Any]:
     """``values`` as static fakes of the mode that backends compile in: they hold no memory. Checked on 2.13."""
     mode = context.fake_mode

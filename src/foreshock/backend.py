@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from foreshock import _torch
 from foreshock.instances import Held, Instance
-from foreshock.passes import Plan, SitePlan, copy_graph, instrument
+from foreshock.passes import Plan, SitePlan, copy_graph, expand, instrument
 from foreshock.patterns import Findings, GraphView, Match, find
 from foreshock.patterns.graph import module_of
 from foreshock.records import Facts
@@ -55,6 +55,7 @@ class Backend:
     def _watched(self, gm: GraphModule, inputs: list[Any], inner: Callable[..., Compiled]) -> WatchedGraph | None:
         watch, start = self._watch, time.perf_counter()
         copied, _ = copy_graph(gm)
+        expand(copied)
         view = GraphView.of(copied.graph, inputs, watch.instances.name_of)
         watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
         findings = find(view, watch.patterns)

@@ -1,0 +1,60 @@
+"""`multi_head_attention_forward` written out: the same numbers, and the attention inside is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from foreshock.passes import copy_graph, expand
+from foreshock.patterns import GraphView, find
+from foreshock.patterns.ops import op
+
+B, S, T, H, D, KV = 2, 4, 5, 2, 8, 6
+
+
+def _run(module: nn.Module, dynamic: bool, **options) -> tuple[torch.Tensor, list, list[str]]:
+    found: list = []
+    ops: list[str] = []
+
+    def backend(captured, inputs):
+        copied, _ = copy_graph(captured)
+        expand(copied)
+        copied.graph.lint()
+        copied.recompile()
+        ops.extend(op(node) for node in copied.graph.nodes)
+        found.extend(find(GraphView.of(copied.graph, inputs)).matches)
+        return copied.forward
+
+    x = torch.randn(S, B, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = torch.randn(T, B, KV, generator=torch.Generator().manual_seed(2))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    compiled = torch.compile(lambda x, y: module(x, y, y, **options)[0], backend=backend, dynamic=dynamic)
+    return compiled(x, y), found, ops
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("bias_kv", [False, True])
+def test_written_out_it_computes_the_same(one_thread, dynamic: bool, need_weights: bool, bias_kv: bool) -> None:
+    module = nn.MultiheadAttention(D, H, dropout=0.2, kdim=KV, vdim=KV, add_bias_kv=bias_kv)
+    padding = torch.zeros(B, T, dtype=torch.bool)
+    padding[0, -1] = True
+    options = {"key_padding_mask": padding, "need_weights": need_weights}
+    out, found, ops = _run(module, dynamic, **options)
+    x = torch.randn(S, B, D, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = torch.randn(T, B, KV, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(0)
+    assert torch.equal(out, module(x, y, y, **options)[0])
+    assert "multi_head_attention_forward" not in ops
+    if not need_weights:
+        (match,) = found
+        assert match.pattern == "scaled_dot_product_attention"
+        assert match.facts["heads"] == H
+
+
+def test_the_place_in_the_users_code_is_kept(one_thread) -> None:
+    module = nn.MultiheadAttention(D, H, kdim=KV, vdim=KV)
+    _, (match,), _ = _run(module, False, need_weights=False)
+    assert "test_expand.py" in match.anchor.meta["stack_trace"]
