@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from foreshock.errors import RunError
 from foreshock.monitors import diagnosis
-from foreshock.monitors.ledger import line, where
+from foreshock.monitors.ledger import beside, line, summary, where
 from foreshock.monitors.report_page import PAGE, STYLE
 from foreshock.monitors.report_panels import families, heatmaps, loss
 from foreshock.records import Alarm, Site
@@ -28,7 +28,7 @@ ADVICE = {row.mechanism: row.advice for row in (*diagnosis.TABLE, diagnosis.UNKN
 def write_report(run: Run, path: str | Path) -> Path:
     """Write the report of ``run`` to ``path`` and return it. Raises RunError if the run or the file cannot be used."""
     alarms, sites = run.alarms, {site.id: site for site in run.sites}
-    meta = run.meta
+    meta, coverage = run.meta, run.coverage
     cost = meta.pop("cost", {})
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     text = page.render(
@@ -43,8 +43,8 @@ def write_report(run: Run, path: str | Path) -> Path:
         loss=loss(run, alarms),
         heatmaps=list(heatmaps(run, sites)),
         families=list(families(run, sites, alarms)),
-        coverage=run.coverage,
-        statuses=[line(status) for status in run.coverage],
+        statuses=[line(status) for status in coverage],
+        coverage_lines=[("In short", [summary(coverage)]), *beside(coverage)],
         tables=[(title, _rows(part)) for title, part in (("Measured cost", cost), ("Settings", meta)) if part],
     )
     path = Path(path)

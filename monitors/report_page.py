@@ -92,17 +92,18 @@ PAGE = (
 
 <h2>Coverage</h2>
 {% if statuses %}<div class="card scroll"><table>
-<thead><tr><th>site</th><th>kind</th><th>shape</th><th>weights</th><th>evaluations</th><th>sampled</th><th>laws that hold</th>
+<thead><tr><th>site</th><th>kind</th><th>form</th>
+  <th>shape</th><th>weights</th><th>evaluations</th><th>sampled</th><th>laws that hold</th>
   <th>notes</th></tr></thead>
 <tbody>{% for s in statuses %}<tr>
-  <td class="name">{{ s.name }}</td><td>{{ s.kind }}</td><td>{{ s.shape }}</td><td class="name">{{ s.weights }}</td>
+  <td class="name">{{ s.name }}</td><td>{{ s.kind }}</td><td>{{ s.form }}</td>
+  <td>{{ s.shape }}</td><td class="name">{{ s.weights }}</td>
   <td class="number">{{ s.evaluations }}</td><td class="number">{{ s.sampled }}</td>
   <td>{{ s.holding }}{% for law, reason in s.failing %}<br><span class="soft">not {{ law }}: {{ reason }}</span>{% endfor %}</td>
   <td>{% for note in s.notes %}{{ note }}<br>{% endfor %}</td></tr>{% endfor %}
 </tbody></table></div>
 {% else %}<p class="soft">No site was found. Is the model compiled with the foreshock backend, and has it run a step?</p>{% endif %}
-<p class="soft">Graph breaks: {{ coverage.graph_breaks }}</p>
-{% for title, texts in (("Left out", coverage.unmatched), ("Warnings", coverage.warnings)) if texts %}
+{% for title, texts in coverage_lines %}
 <div class="card more"><h3>{{ title }}</h3><ul>{% for text in texts %}<li>{{ text }}</li>{% endfor %}</ul></div>{% endfor %}
 
 {% for title, rows in tables %}<h2>{{ title }}</h2><div class="card scroll"><table><tbody>

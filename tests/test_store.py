@@ -181,14 +181,14 @@ def test_alarms_ledger_and_facts(tmp_path: Path) -> None:
         np.int64(9), 7, "l0", "law/euler", np.float64(np.inf), "< 1", "critical", "?", ("one",), "off", head=2
     )  # type: ignore[arg-type]
     store.alarm(alarm)
-    store.coverage(Coverage(graph_breaks=1))
-    store.coverage(Coverage(graph_breaks=2))
+    store.coverage(Coverage(graph_breaks=("one",)))
+    store.coverage(Coverage(graph_breaks=("one", "two")))
     store.meta(cost={"share": np.float32(0.5)}, every=10)
     store.meta(every=5)
     store.close()
     with open_run(tmp_path) as run:
         assert run.alarms == [alarm]
-        assert run.coverage.graph_breaks == 2
+        assert run.coverage.graph_breaks == ("one", "two")
         assert run.meta == {"cost": {"share": 0.5}, "every": 5}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,19 @@ def lookup_backend(name: str) -> Callable[..., Any]:
     return found
 
 
-def graph_breaks() -> int:
-    """How many graph breaks Dynamo has counted in this process. Checked on 2.13."""
-    from torch._dynamo.utils import counters
+def break_records() -> Sequence[Any]:
+    """Every graph break of this process, oldest first: ``reason``, ``user_stack``. Dynamo's own list. Checked on 2.13."""
+    from torch._dynamo.utils import graph_break_reasons
 
-    return sum(counters["graph_break"].values())
+    return graph_break_reasons
+
+
+def compilation_records() -> Sequence[Any]:
+    """The last 64 compilations, oldest first, those that Dynamo gave up included: ``compile_id`` (frame/recompilation),
+    ``co_name``, ``co_filename``, ``co_firstlineno``, ``fail_type``, ``fail_reason`` and more. Checked on 2.13."""
+    from torch._dynamo.utils import get_compilation_metrics
+
+    return get_compilation_metrics()
 
 
 def on_optimizer_step(hook: Callable[..., None]) -> Any:

@@ -60,6 +60,7 @@ class Backend:
         watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
         findings = find(view, watch.patterns)
         _note(watch, findings)
+        watch.note_fallbacks()
         if watch.on_match is not None:
             for match in findings.matches:
                 watch.on_match(view, match)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from foreshock.errors import ForeshockError
-from foreshock.instances import Instances
+from foreshock.instances import Instance, Instances
 from foreshock.monitors.metrics import family
 from foreshock.records import Alarm, Array, Coverage, Reading
 from foreshock.runtime import Merged, Sample
@@ -57,8 +57,14 @@ class Collector:
         self.alarms: list[Alarm] = []
         self.seconds = 0.0
         self._samples: list[Sample] = []
+        self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
         self._optimizer: dict[int, dict[str, list[Any]]] = {}
+
+    @property
+    def trained(self) -> set[Instance]:
+        """Sites that a sampled training step has gone through, the step under way included."""
+        return self._trained.union(*(s.instances for s in self._samples if s.is_training()))
 
     def sample(self, sample: Sample) -> None:
         """A sampled forward pass ran; its gradients are still to come."""
@@ -104,6 +110,7 @@ class Collector:
             number = self._guarded(f"reading the logged `{name}`", float, value)
             readings += [] if number is None else [Reading(f"run/{name}", None, np.array([number]))]
         training = [s for s in samples if s.is_training()]
+        self._trained.update(*(s.instances for s in training))
         if training:
             readings += self._guarded("merging samples", self._measure, step, training) or []
         self._guarded("writing to the store", self.store.write, step, readings)

@@ -34,8 +34,9 @@ class Instance:
         views = (self.site.q_weight, self.site.k_weight, self.site.weight, *self.site.weights.values())
         return all(view is None or view.resolve() is not None for view in views)
 
-    def status(self) -> SiteStatus:
-        return SiteStatus(self.site, self.evaluations, self.sampled, dict(self.laws), self.notes)
+    def status(self, more: tuple[str, ...] = ()) -> SiteStatus:
+        """Its line of the ledger, with further notes."""
+        return SiteStatus(self.site, self.evaluations, self.sampled, dict(self.laws), (*self.notes, *more))
 
 
 class Instances:

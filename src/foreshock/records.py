@@ -220,11 +220,16 @@ class SiteStatus:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What is watched and what is not, with the reason."""
+    """What is watched and what is not, with the reason.
+
+    ``unmatched``: what looked like a site and is none, or is not understood. ``graph_breaks``: one line for each break.
+    ``eager``: frames that Dynamo gave up, wholly or from a recompile limit on. ``warnings``: what failed inside foreshock.
+    """
 
     statuses: tuple[SiteStatus, ...] = ()
     unmatched: tuple[str, ...] = ()
-    graph_breaks: int = 0
+    graph_breaks: tuple[str, ...] = ()
+    eager: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[SiteStatus]:
@@ -236,16 +241,13 @@ class Coverage:
     def to_json(self) -> dict[str, Any]:
         return {
             "statuses": [status.to_json() for status in self.statuses],
-            "unmatched": list(self.unmatched),
-            "graph_breaks": self.graph_breaks,
-            "warnings": list(self.warnings),
+            **{name: list(getattr(self, name)) for name in _LINES},
         }
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Coverage:
-        return cls(
-            tuple(SiteStatus.from_json(status) for status in plain["statuses"]),
-            tuple(plain["unmatched"]),
-            plain["graph_breaks"],
-            tuple(plain["warnings"]),
-        )
+        lines = {name: tuple(plain[name]) for name in _LINES}
+        return cls(tuple(SiteStatus.from_json(status) for status in plain["statuses"]), **lines)
+
+
+_LINES = ("unmatched", "graph_breaks", "eager", "warnings")

@@ -18,18 +18,20 @@ from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
 from foreshock.config import Settings, load_settings
 from foreshock.errors import AlarmRaised, ConfigError
+from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
 from foreshock.monitors.attention_probe import ATTENTION
 from foreshock.monitors.router_probe import ROUTER
 from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.reader import open_run
-from foreshock.records import Alarm, Array, Coverage, Probe, Site
+from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
 from foreshock.runtime import Sample
 from foreshock.store import MemoryStore, RunStore
 
 _log = logging.getLogger("foreshock")
 _EVERYTHING = 2**62
+NEVER_TRAINED = "evaluated, never sampled in training: no gradient came back through it yet"
 
 
 class Watch:
@@ -96,7 +98,7 @@ class Watch:
         self._act = on_alarm if callable(on_alarm) else self.settings.on_alarm
         self._reported: dict[str, str] = {}
         self._unmatched: dict[str, None] = {}
-        self._graph_breaks = _torch.graph_breaks()
+        self._fallbacks = Fallbacks()
         self._finished = 0
         self._closed = False
         self._started = time.perf_counter()
@@ -144,10 +146,13 @@ class Watch:
     @property
     def coverage(self) -> Coverage:
         """What is watched and what is not, with the reason."""
+        if not self._closed:
+            self.note_fallbacks()
         return Coverage(
-            tuple(instance.status() for instance in self.instances),
+            self._statuses(),
             tuple(self._unmatched),
-            max(0, _torch.graph_breaks() - self._graph_breaks),
+            tuple(self._fallbacks.graph_breaks),
+            self._fallbacks.eager,
             tuple(self._reported.values()),
         )
 
@@ -264,6 +269,13 @@ class Watch:
     def note_unmatched(self, reason: str) -> None:
         self._unmatched.setdefault(reason)
 
+    def note_fallbacks(self) -> None:
+        """Take in which code Dynamo has left to eager by now."""
+        try:
+            self._fallbacks.read()
+        except Exception as error:
+            self.fail("reading what Dynamo left to eager", error)
+
     def fail(self, what: str, error: Exception) -> None:
         """Report a failure inside foreshock once, in the log and the ledger; raise it under ``strict``."""
         if self.settings.strict:
@@ -271,6 +283,10 @@ class Watch:
         if what not in self._reported:
             self._reported[what] = f"{what}: {type(error).__name__}: {error}"
             _log.warning("%s (training goes on)", self._reported[what])
+
+    def _statuses(self) -> tuple[SiteStatus, ...]:
+        trained = self.collector.trained
+        return tuple(i.status(() if i in trained or not i.evaluations else (NEVER_TRAINED,)) for i in self.instances)
 
     def _keeps(self, family: str) -> bool:
         return self.settings.monitors is None or family in self.settings.monitors
@@ -332,6 +348,9 @@ class _Survey(Watch):
 
     def is_sampled(self, step: int) -> bool:
         return False
+
+    def _statuses(self) -> tuple[SiteStatus, ...]:
+        return tuple(instance.status() for instance in self.instances)
 
 
 def sites(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Coverage:

@@ -47,7 +47,15 @@ def test_it_says_since_when_where_and_what_to_do(tmp_path: Path) -> None:
         store.write(step, [*readings, Reading("mine/metric", "a", np.ones(3))])
     store.alarm(alarm(30, head=1))
     laws = {"euler": "", "value_mass": "dropout on P"}
-    store.coverage(Coverage((SiteStatus(site("a", "layers.0"), 9, 3, laws, ("a note",)),), ("lm_head",), 4, ("look",)))
+    store.coverage(
+        Coverage(
+            (SiteStatus(site("a", "layers.0"), 9, 3, laws, ("a note",)),),
+            ("lm_head",),
+            ("print",),
+            ("loop",),
+            ("look",),
+        )
+    )
     store.meta(cost={"share": 0.012}, every=10)
     text = own(page(store))
     for expected in (
@@ -58,7 +66,9 @@ def test_it_says_since_when_where_and_what_to_do(tmp_path: Path) -> None:
         "not value_mass: dropout on P",
         "a note",
         "lm_head",
-        "Graph breaks: 4",
+        "<h3>Graph breaks</h3><ul><li>print</li>",
+        "<h3>Left to eager</h3><ul><li>loop</li>",
+        "1 attention site; 1 candidate left out; 1 graph break; 1 left to eager; 1 warning",
         "0.012",
         'id="heat-2"',
         'id="curve-1"',
@@ -81,7 +91,9 @@ def test_markup_in_names_stays_text(tmp_path: Path) -> None:
     store = RunStore(tmp_path)
     for step in range(3):
         store.write(step, [Reading(f"x/{EVIL}", EVIL, np.ones(2)), Reading("law/euler", EVIL, np.ones(2))])
-    store.coverage(Coverage((SiteStatus(site(EVIL, EVIL), 1, 1, {EVIL: EVIL}, (EVIL,)),), (EVIL,), 0, (EVIL,)))
+    store.coverage(
+        Coverage((SiteStatus(site(EVIL, EVIL), 1, 1, {EVIL: EVIL}, (EVIL,)),), (EVIL,), (EVIL,), (EVIL,), (EVIL,))
+    )
     store.alarm(alarm(2, site=EVIL, message=EVIL, mechanism=EVIL, evidence=(EVIL,), expected=EVIL, severity=EVIL))
     store.meta(**{EVIL: EVIL})
     text = own(page(store))

@@ -1,0 +1,187 @@
+"""What the ledger says of code that Dynamo did not capture, and of sites that never trained."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo import utils
+from torch.nn.functional import scaled_dot_product_attention
+
+from foreshock import Watch, _torch
+from foreshock.watch import NEVER_TRAINED
+
+
+class Attention(nn.Module):
+    def __init__(self, after: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.after = after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(2, 6, 2, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out if self.after is None else self.after(out)
+
+
+class Layer(Attention):
+    """Dynamo guards on ``index``: each layer is a recompilation."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.index * super().forward(x).transpose(1, 2).reshape(2, 6, 8)
+
+
+def branch(x: torch.Tensor) -> torch.Tensor:
+    if x.sum() > 0:
+        x = x + 1
+    return x * 2
+
+
+@torch._dynamo.disable
+def opaque(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+def loop(x: torch.Tensor) -> torch.Tensor:
+    for _ in range(2):
+        x = opaque(x)
+    return x
+
+
+def line_of(function: Any, code: str) -> str:
+    """``file:line`` of the first line of ``function`` that holds ``code``."""
+    function = getattr(function, "__wrapped__", function)
+    lines, first = inspect.getsourcelines(function)
+    return f"{__file__}:{first + next(i for i, line in enumerate(lines) if code in line)}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def watched(module: nn.Module, steps: int = 1) -> Watch:
+    watch = Watch(every=1, inner="eager", strict=True, detectors=[])
+    compiled = torch.compile(module, backend=watch.backend)
+    for _ in range(steps):
+        compiled(torch.randn(2, 6, 8)).sum().backward()
+    return watch
+
+
+def test_a_branch_on_data_is_a_break() -> None:
+    """In an inlined function it cuts two frames, as Dynamo counts: the caller's, and then the function's own."""
+    with watched(Attention(branch)) as watch:
+        said = watch.coverage.graph_breaks
+    assert said == (f"Data-dependent branching ({line_of(branch, 'if x.sum')} in branch: if x.sum() > 0:)",) * 2
+    assert watch.coverage.eager == ()
+
+
+def test_a_disabled_function_is_a_break() -> None:
+    with watched(Attention(opaque)) as watch:
+        (said,) = watch.coverage.graph_breaks
+    assert said.startswith("Skip calling `torch.compiler.disable()`d function (")
+    assert line_of(Attention.forward, "self.after(out)") in said
+
+
+def test_a_frame_given_up_for_a_break_in_a_loop() -> None:
+    with watched(Attention(loop)) as watch:
+        coverage = watch.coverage
+    (said,) = [line for line in coverage.eager if line.startswith("`loop`")]
+    assert "inside a loop" in said
+    assert line_of(loop, "opaque(x)") in said
+
+
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    x = x * 2
+    try:
+        x = opaque(x)
+    finally:
+        x = x + 1
+    return x
+
+
+def test_a_frame_that_cannot_go_on_after_a_break() -> None:
+    with watched(Attention(guarded)) as watch:
+        (said,) = watch.coverage.eager
+    assert said.startswith(("`guarded` runs eagerly: Skip calling", "the rest of a function runs eagerly"))
+    assert line_of(guarded, "opaque(x)") in said
+
+
+def test_layers_behind_the_recompile_limit(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch's own line stands in the log as without foreshock; the ledger names function, cause and place."""
+    layers = nn.ModuleList(Layer(index) for index in range(12))
+    with Watch(every=1, inner="eager", strict=True, detectors=[]).bind(layers) as watch:
+        for layer in layers:
+            layer.compile(backend=watch.backend)
+        x = torch.randn(2, 6, 8, requires_grad=True)
+        with caplog.at_level(logging.WARNING, logger="torch._dynamo.convert_frame"):
+            for layer in layers:
+                x = layer(x)
+        assert len(watch.sites) == 8
+        (said,) = watch.coverage.eager
+        assert watch.coverage.eager == (said,)  # asked again, told once
+    assert "`forward` hit the recompile limit of 8: its later variants run eagerly and are not watched" in said
+    assert "self.index == 7" in said
+    assert line_of(Layer.forward, "def forward") in said
+    assert watch.coverage.graph_breaks == ()
+
+
+def test_only_what_came_after_the_watch_was_made_counts() -> None:
+    torch.compile(Attention(branch), backend="eager")(torch.randn(2, 6, 8))
+    with Watch(inner="eager", strict=True) as watch:
+        assert watch.coverage.graph_breaks == ()
+
+
+def test_a_reset_loses_nothing_that_was_read() -> None:
+    with watched(Attention(branch)) as watch:
+        torch._dynamo.reset()
+        assert len(watch.coverage.graph_breaks) == 2
+        torch.compile(Attention(branch), backend=watch.backend)(torch.randn(2, 6, 8))
+        assert len(watch.coverage.graph_breaks) == 4
+
+
+def test_a_torch_without_these_records_is_reported_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> Any:
+        raise ImportError("no such record")
+
+    monkeypatch.setattr(_torch, "break_records", gone)
+    with Watch(every=1, inner="eager", detectors=[]) as watch:
+        torch.compile(Attention(branch), backend=watch.backend)(torch.randn(2, 6, 8)).sum().backward()
+        assert [w.partition(":")[0] for w in watch.coverage.warnings] == ["reading what Dynamo left to eager"]
+        assert len(watch.sites) == 1
+
+
+def test_records_are_left_as_they_are() -> None:
+    with watched(Attention(branch)) as watch:
+        before = len(utils.graph_break_reasons), len(utils.get_compilation_metrics())
+        assert len(watch.coverage.graph_breaks) == 2
+        assert (len(utils.graph_break_reasons), len(utils.get_compilation_metrics())) == before
+
+
+def test_a_site_that_is_only_evaluated_says_so() -> None:
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        model = Attention()
+        compiled = torch.compile(model, backend=watch.backend)
+        with torch.no_grad():
+            compiled(torch.randn(2, 6, 8))
+        (status,) = watch.coverage
+        assert status.notes == (NEVER_TRAINED,)
+        out = compiled(torch.randn(2, 6, 8))
+        assert [s.notes for s in watch.coverage] == [(NEVER_TRAINED,)]
+        out.sum().backward()
+        assert [s.notes for s in watch.coverage] == [()]
+        torch.optim.SGD(model.parameters(), 0.1).step()
+        with torch.no_grad():
+            compiled(torch.randn(2, 6, 8))
+        assert [s.notes for s in watch.coverage] == [()]
