@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from foreshock.errors import PatternError
 from foreshock.patterns.attention import SDPA, described_by_schema
-from foreshock.patterns.graph import GraphView
+from foreshock.patterns.graph import GraphView, body_of
+from foreshock.patterns.lift import FUNCTION, lift
 from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER, last_per_weight
@@ -48,8 +49,8 @@ def find(view: GraphView, extra: Iterable[Pattern] = ()) -> Findings:
     misses: list[Miss] = []
     errors: list[tuple[str, Exception]] = []
     for region in view.walk():
-        found = _in_one(region, table, errors)
-        matches += [replace(match, view=region) for match in found if isinstance(match, Match)]
+        found = [_outside(region, result) for result in _in_one(region, table, errors)]
+        matches += [result for result in found if isinstance(result, Match)]
         misses += [miss for miss in found if isinstance(miss, Miss) and not miss.quiet]
     return Findings(tuple(matches), tuple(misses), tuple(errors))
 
@@ -71,6 +72,8 @@ def _in_one(
                 break
         if not candidates and _is_opaque(node):
             found = described_by_schema(view, node)
+        if not candidates and op(node).startswith("higher_order::"):
+            found = _closed(node, table)
         if found is not None:
             results.append(found)
     matches = [result for result in results if isinstance(result, Match)]
@@ -79,6 +82,27 @@ def _in_one(
     kept = [match for match in matches if match.kind != "router" or "logits" not in match.roles or match in routers]
     of_routers = _on_the_way_to(routers, view) if misses and routers else set()
     return [*kept, *(miss for miss in misses if miss.anchor not in of_routers)]
+
+
+def _outside(region: GraphView, result: Match | Miss) -> Match | Miss:
+    if not isinstance(result, Match):
+        return result
+    in_function = region.call is not None and op(region.call) == FUNCTION
+    return lift(region, result) if in_function else replace(result, view=region)
+
+
+def _closed(node: Node, table: Mapping[str, list[Pattern]]) -> Miss:
+    """A call of a graph that is not followed (a branch, a loop): what might stand in it is named."""
+    owner = node.graph.owning_module
+    names = (
+        [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+        if body_of(node) is None
+        else []
+    )
+    bodies = [body for body in (getattr(owner, name, None) for name in names) if isinstance(body, GraphModule)]
+    inside = sorted({op(inner) for body in bodies for inner in body.graph.nodes if op(inner) in table})
+    name = op(node).removeprefix("higher_order::")
+    return Miss(node, f"{', '.join(inside)} inside `{name}`, which is not followed", quiet=not inside)
 
 
 def _on_the_way_to(routers: Iterable[Match], view: GraphView) -> set[Node]:

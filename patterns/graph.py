@@ -54,9 +54,9 @@ class GraphView:
         parameters = {
             node: example
             for node, example in zip(placeholders, example_inputs, strict=False)
-            if isinstance(example, torch.nn.Parameter) or _source_name(node).find("._parameters[") >= 0
+            if isinstance(example, torch.nn.Parameter) or source_name(node).find("._parameters[") >= 0
         }
-        names = {node: name_of(parameter) or module_path(_source_name(node)) for node, parameter in parameters.items()}
+        names = {node: name_of(parameter) or module_path(source_name(node)) for node, parameter in parameters.items()}
         return cls(graph, parameters, names)
 
     @functools.cached_property
@@ -143,7 +143,7 @@ def body_of(node: Node) -> GraphModule | None:
     return body if isinstance(body, GraphModule) else None
 
 
-def _source_name(node: Node) -> str:
+def source_name(node: Node) -> str:
     source = getattr(node.meta.get("grapharg"), "source", None) or getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "")
     return str(name() if callable(name) else name)

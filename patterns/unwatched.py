@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import args, op, shape
@@ -10,13 +10,6 @@ from foreshock.patterns.pattern import Miss, Pattern
 
 _CARRIES = frozenset({"identity", "cast", "dropout", "reshape", "getitem", "mul"})
 _PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
-_OF_SITES = frozenset({"scaled_dot_product_attention", "softmax", "topk"})
-_BODIES = {
-    "higher_order::tag_activation_checkpoint": "activation checkpointing",
-    "higher_order::wrap_with_set_grad_enabled": "a higher-order op",
-    "higher_order::invoke_subgraph": "a nested compile region",
-    "higher_order::autograd_function_apply": "an autograd.Function",
-}
 
 
 def _written_out(view: GraphView, node: Node) -> Miss:
@@ -42,20 +35,6 @@ def _near_sources(node: Node) -> list[Node]:
     return found
 
 
-def _body(view: GraphView, node: Node) -> Miss:
-    for source in args(node):
-        body = _body_of(source)
-        if body is not None and any(op(inner) in _OF_SITES for inner in body.graph.nodes):
-            return Miss(node, f"an attention or a router inside {_BODIES[op(node)]} is not watched yet")
-    return Miss(node, "no site inside", quiet=True)
-
-
-def _body_of(source: object) -> GraphModule | None:
-    owner = source.graph.owning_module if isinstance(source, Node) and source.op == "get_attr" else None
-    body = getattr(owner, str(source.target), None) if isinstance(source, Node) and owner is not None else None
-    return body if isinstance(body, GraphModule) else None
-
-
 def _flex(view: GraphView, node: Node) -> Miss:
     return Miss(node, "flex_attention is not watched yet")
 
@@ -68,5 +47,4 @@ UNWATCHED: tuple[Pattern, ...] = (
     Pattern("written-out attention", frozenset({"softmax"}), _written_out),
     Pattern("flex_attention", frozenset({"higher_order::flex_attention"}), _flex),
     Pattern("multi_head_attention_forward", frozenset({"multi_head_attention_forward"}), _multi_head),
-    Pattern("body", frozenset(_BODIES), _body),
 )
