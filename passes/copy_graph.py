@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
+from foreshock import _torch
 from foreshock.patterns.graph import body_of
 
 
@@ -22,7 +23,7 @@ def copy_graph(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     for old, new in mapping.items():
         if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # how AOTAutograd tells inputs apart
-    copied = GraphModule(module, graph)
+    copied = _torch.graph_module(module, graph)
     copied.meta = dict(module.meta)
     bodies = {str(node.args[0].target): body_of(node) for node in copied.graph.nodes if body_of(node) is not None}  # type: ignore[union-attr]
     for name, body in bodies.items():

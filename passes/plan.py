@@ -87,11 +87,13 @@ class Plan:
 
     def sizes(self, key: tuple[Any, ...], nodes: Mapping[str, Node], run: Callable[..., Any]) -> dict[str, int]:
         """Run statistics on fake tensors: the sizes of the results, and an early failure. Like sites are run once."""
-        fakes = {role: node.meta["example_value"].detach() for role, node in nodes.items()}
+        fakes = {role: node.meta["example_value"] for role, node in nodes.items()}
         lies = tuple((role, str(x.shape), str(x.stride()), x.dtype) for role, x in fakes.items())
         if (key, lies) not in self._sizes:
             with self.fake_mode, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._sizes[key, lies] = {name: int(result.numel()) for name, result in run(fakes).items()}
+                self._sizes[key, lies] = {
+                    name: int(result.numel()) for name, result in run({r: x.detach() for r, x in fakes.items()}).items()
+                }
         return self._sizes[key, lies]
 
     def fake(self, size: int) -> torch.Tensor:

@@ -20,6 +20,15 @@ def synthetic_source(name: str) -> Any:
     return SyntheticLocalSource(name)
 
 
+def graph_module(root: torch.nn.Module, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A `GraphModule` that writes its Python code only if it is asked to run. Checked on 2.13."""
+    from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
+
+    with _use_lazy_graph_module(True):
+        made: torch.fx.GraphModule = _make_graph_module(root, graph)
+        return made
+
+
 def fake_mode_of(values: list[Any]) -> Any:
     """The fake tensor mode in which Dynamo recorded ``values``: not the one backends compile in. Checked on 2.13."""
     from torch._subclasses.fake_tensor import FakeTensor
