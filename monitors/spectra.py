@@ -10,6 +10,10 @@ eigenvalues of ``(A^T A)(B^T B)`` are its squared singular values: one float64 G
 symmetric eigensolve, batched over every head of every layer of one shape. Each increment is scaled to its weight's size
 first, so that a relative update of 1e-5 loses no digits.
 
+Of a low-rank chain ``W = I O`` (latent attention) the product is not formed either: ``[dW, W] = [dI, I] C`` with
+``C = [[O', 0], [dO, O]]``, ``O'`` the matrix now, so that ``C^T [dI, I]^T [dI, I] C`` is its Gram matrix, and no increment is a
+difference of products. Gains are kept beside the matrices and multiplied in float64, for the same reason.
+
 Shapes: L layers of one shape, H heads, d hidden, h head dim.
 """
 
@@ -32,12 +36,19 @@ CHOLESKY_SHIFT = (
 UPDATE_RATIO = "optim/update_ratio"
 
 
+MOST_NUMBERS = 2**26  # in float64 at a time: layers of one shape are measured together up to half a gigabyte
+
+Side = tuple[
+    Tensor, ...
+]  # of each stage its matrix [heads, inputs, channels], float32, and its gain [heads, channels], float64
+
+
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One site's weights at one step, float32: ``q [q groups, d, h]``, ``k [k groups, d, h]``."""
+    """One site's weights at one step: the stages of its query and of its key, the one nearest the kernel first."""
 
-    q: Tensor
-    k: Tensor
+    q: Side
+    k: Side
 
 
 class Spectra:
@@ -45,7 +56,7 @@ class Spectra:
 
     ``windows`` are in steps; the first carries the plain metric names, the others a suffix (``@50``). A snapshot is taken, and
     the spectra are read, no oftener than every ``stride`` steps (default: the shortest window), so the memory is
-    ``max(windows) / stride + 1`` float32 copies of the query and key weights.
+    ``max(windows) / stride + 1`` float32 copies of the query and key weights, a chain's matrices each by itself.
     """
 
     def __init__(self, windows: Sequence[int] = (10, 50), stride: int | None = None) -> None:
@@ -58,6 +69,7 @@ class Spectra:
         if self._ring and step < self._ring[-1][0] + self.stride:
             return []
         views = {site.id: (site.q_weight, site.k_weight) for site in sites if site.q_weight and site.k_weight}
+        views = {site: (q, k) for site, (q, k) in views.items() if q.index.shape[1] == k.index.shape[1]}
         now, twins = _snapshot(views)
         readings: list[Reading] = []
         for position, window in enumerate(self.windows):
@@ -99,16 +111,26 @@ def _snapshot(views: Mapping[str, tuple[WeightView, WeightView]]) -> tuple[dict[
     twins: dict[str, list[str]] = {}
     first: dict[tuple[Any, ...], str] = {}
     for site, (q, k) in views.items():
-        if q.resolve() is None or k.resolve() is None:
+        held = [view.held() for view in (q, k)]
+        if None in held:
             continue
-        key = tuple((id(view.resolve()), view.axis, view.index.tobytes()) for view in (q, k))
+        key = (*(id(x) for of in held for x in of or ()), *(view.index.tobytes() for view in (q, k)))
         if key in first:
             twins[first[key]].append(site)
             continue
         first[key] = site
         twins[site] = [site]
-        taken[site] = Factors(q.factors().float().contiguous(), k.factors().float().contiguous())
+        taken[site] = Factors(_side(q), _side(k))
     return taken, twins
+
+
+def _side(view: WeightView) -> Side:
+    """Matrices as they stand, gains apart: in float32 their product would round away small increments."""
+    found: list[Tensor] = []
+    for matrix, gain in view.matrices():
+        ones = torch.ones(matrix.shape[0], matrix.shape[2], dtype=torch.float64, device=matrix.device)
+        found += [matrix.to(torch.float32, copy=True).contiguous(), ones if gain is None else gain]
+    return tuple(found)
 
 
 def _by_shape(
@@ -118,46 +140,95 @@ def _by_shape(
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, factors in now.items():
         old = base.get(name)
-        if old is None or old.q.shape != factors.q.shape or old.k.shape != factors.k.shape:
+        shapes = [tuple(x.shape for x in (*taken.q, *taken.k)) for taken in (factors, old) if taken is not None]
+        if len(shapes) < 2 or shapes[0] != shapes[1]:
             continue
         q, k = views[name]
         heads = max(len(q.head_map), len(k.head_map))
+        inner = tuple(tuple(stage.head_map for stage in view.stages[1:]) for view in (q, k))
         maps = (q.read_by(heads), k.read_by(heads))
-        groups.setdefault((factors.q.shape, factors.k.shape, *maps, factors.q.device), []).append(name)
+        groups.setdefault((shapes[0], *maps, inner, factors.q[0].device), []).append(name)
     measured = []
-    for key, names in groups.items():
-        q_now, q_base, k_now, k_base = (
-            torch.stack([getattr(taken[name], role).to(key[-1]) for name in names]).double()
-            for role in ("q", "k")
-            for taken in (now, base)
-        )
-        measured.append((names, increment_statistics(q_now, q_base, k_now, k_base, key[2], key[3], age)))
+    for (shapes_, q_map, k_map, (q_inner, k_inner), device), names in groups.items():
+        at_once = max(1, MOST_NUMBERS // (2 * sum(shape.numel() for shape in shapes_)))
+        for start in range(0, len(names), at_once):
+            part = names[start : start + at_once]
+            q_side, k_side = (
+                _increment(*(_stacked([getattr(taken[n], role) for n in part], device) for taken in (now, base)), inner)
+                for role, inner in (("q", q_inner), ("k", k_inner))
+            )
+            measured.append((part, _statistics(q_side, k_side, q_map, k_map, age)))
     return measured
 
 
+def _stacked(sides: Sequence[Side], device: torch.device) -> list[Tensor]:
+    """The sides of several sites as one, float64."""
+    return [torch.stack([x.to(device).double() for x in of]) for of in zip(*sides, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Increment:
+    """One side of a shape: the Gram matrix of ``[dW / size, W]``, ``[L, groups, 2h, 2h]``; ``size = |dW| / |W|`` a head,
+    ``[L, groups]``; and the squared norms of ``dW`` and ``W`` over all heads, ``[L]``."""
+
+    gram: Tensor
+    size: Tensor
+    moved: Tensor
+    whole: Tensor
+
+
 @torch.no_grad()
-def increment_statistics(
-    q_now: Tensor,
-    q_base: Tensor,
-    k_now: Tensor,
-    k_base: Tensor,
-    q_map: Sequence[int],
-    k_map: Sequence[int],
-    age: int = 1,
-) -> dict[str, Any]:
+def _increment(now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tuple[int, ...]]) -> _Increment:
+    """From the stages of one side, float64 ``[L, groups, inputs, channels]`` and their gains ``[L, groups, channels]``."""
+    (new, *inner_new), (old, *inner_old) = (
+        [matrix * gain[:, :, None] for matrix, gain in zip(of[::2], of[1::2], strict=True)] for of in (now, base)
+    )
+    change = new - old
+    metric: Tensor | None = None
+    if inner_new:
+        metric = _gram(_met(torch.cat(_change_of_product(inner_new, inner_old, maps[1:]), -1), maps[0]))
+        left = torch.cat([new, change], -2)
+        right = torch.cat([torch.zeros_like(old), old], -2)
+    else:
+        left, right = change, old
+    squares = [
+        (_gram(x) if metric is None else x.mT @ metric @ x).diagonal(dim1=-2, dim2=-1).sum(-1) for x in (left, right)
+    ]
+    moved, whole = (x.clamp_min(0) for x in squares)
+    size = moved.sqrt() / torch.where(whole > 0, whole, torch.ones_like(whole)).sqrt()
+    joined = torch.cat([left / _nonzero(size)[..., None, None], right], -1)
+    gram = _gram(joined) if metric is None else joined.mT @ metric @ joined
+    return _Increment(gram, size, moved.sum(-1), whole.sum(-1))
+
+
+def _change_of_product(
+    now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tuple[int, ...]]
+) -> tuple[Tensor, Tensor]:
+    """Of the product of a chain's matrices, the last one first: how it changed, and what it was."""
+    if len(now) == 1:
+        return now[0] - base[0], base[0]
+    change, whole = (_met(x, maps[0]) for x in _change_of_product(now[1:], base[1:], maps[1:]))
+    return change @ now[0] + whole @ (now[0] - base[0]), whole @ base[0]
+
+
+def _met(x: Tensor, head_map: Sequence[int]) -> Tensor:
+    """``x [L, heads, ...]`` for each head that reads it; one for all broadcasts."""
+    return x if x.shape[1] == 1 else x[:, list(head_map)]
+
+
+@torch.no_grad()
+def _statistics(q: _Increment, k: _Increment, q_map: Sequence[int], k_map: Sequence[int], age: int) -> dict[str, Any]:
     """Norm, stable rank, entropy and effective rank of Delta2, Delta3, dWq and dWk, each float64 ``[L, H]``.
 
-    Inputs are float64 ``[L, groups, d, h]``; ``q_map`` and ``k_map`` give each head's group. ``optim/update_ratio`` (``[L, 1]``)
-    is the relative change of both weights a step.
+    ``q_map`` and ``k_map`` give each head's group. ``optim/update_ratio`` (``[L, 1]``) is the relative change of both weights a
+    step.
     """
-    dq, dk = q_now - q_base, k_now - k_base
-    ratio = ((_square(dq) + _square(dk)) / (_square(q_base) + _square(k_base))).sqrt() / max(age, 1)
-    q_size, k_size = _relative_size(dq, q_base), _relative_size(dk, k_base)
-    gram_q = _gram(torch.cat([dq / _nonzero(q_size), q_base], -1))[:, list(q_map)]
-    gram_k = _gram(torch.cat([k_base, dk / _nonzero(k_size)], -1))[:, list(k_map)]
-    q_size, k_size = q_size[:, list(q_map), 0, 0], k_size[:, list(k_map), 0, 0]
-    h = dq.shape[-1]
-    dq_gram, dk_gram = gram_q[..., :h, :h], gram_k[..., h:, h:]
+    ratio = ((q.moved + k.moved) / (q.whole + k.whole)).sqrt() / max(age, 1)
+    gram_q, gram_k = q.gram[:, list(q_map)], k.gram[:, list(k_map)]
+    q_size, k_size = q.size[:, list(q_map)], k.size[:, list(k_map)]
+    h = gram_q.shape[-1] // 2
+    dq_gram, dk_gram = gram_q[..., :h, :h], gram_k[..., :h, :h]
+    gram_k = gram_k.roll((h, h), (-2, -1))  # B = [Wk, dWk]
 
     # Delta2 = size * [dWq / q_size * a, Wq * b] [Wk, dWk / k_size]^T with a = q_size / size, b = k_size / size.
     size = torch.maximum(q_size, k_size)
@@ -169,7 +240,7 @@ def increment_statistics(
         "dwq": (torch.linalg.eigvalsh(dq_gram), q_size),
         "dwk": (torch.linalg.eigvalsh(dk_gram), k_size),
     }
-    values: dict[str, Any] = {UPDATE_RATIO: ratio.flatten(1).cpu().numpy()}
+    values: dict[str, Any] = {UPDATE_RATIO: ratio[:, None].cpu().numpy()}
     for matrix, (squares, scale) in spectra.items():
         for statistic, value in zip(STATISTICS, _summarise(squares, scale), strict=True):
             values[f"attention/{matrix}_{statistic}"] = value.cpu().numpy()
@@ -201,16 +272,6 @@ def _squared_singular(gram_a: Tensor, gram_b: Tensor) -> Tensor:
 
 def _gram(x: Tensor) -> Tensor:
     return x.mT @ x
-
-
-def _square(x: Tensor) -> Tensor:
-    return x.square().sum((-3, -2, -1), keepdim=True)[..., 0]
-
-
-def _relative_size(change: Tensor, base: Tensor) -> Tensor:
-    """``|change| / |base|`` a head, ``[L, groups, 1, 1]``; the change's own size where the base is zero."""
-    size = base.square().sum((-2, -1), keepdim=True).sqrt()
-    return change.square().sum((-2, -1), keepdim=True).sqrt() / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _nonzero(x: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ class GraphView:
     names: Mapping[Node, str]
     parent: GraphView | None = None
     call: Node | None = None
+    known: dict[type, Any] = field(default_factory=dict)  # what walks have learned, by who keeps it
     _links: dict[Node, Any] = field(default_factory=dict)
 
     @classmethod
@@ -69,7 +70,7 @@ class GraphView:
                 _, first = BODIES[op(node)]
                 inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
                 links = dict(zip(inputs, node.args[first:], strict=False))
-                found[node] = GraphView(body.graph, self.parameters, self.names, self, node, links)
+                found[node] = GraphView(body.graph, self.parameters, self.names, self, node, _links=links)
         return found
 
     def walk(self) -> Iterator[GraphView]:

@@ -29,7 +29,7 @@ _ALIASES = {
     "_to_copy": "cast", "view": "reshape", "_unsafe_view": "reshape", "view_as": "reshape", "reshape_as": "reshape",
     "flatten": "reshape", "unflatten": "reshape", "unsqueeze": "reshape", "squeeze": "reshape",
     "contiguous": "identity", "clone": "identity", "detach": "identity", "alias": "identity", "lift_fresh_copy": "identity",
-    "swapaxes": "transpose", "swapdims": "transpose", "expand_as": "expand", "broadcast_to": "expand",
+    "swapaxes": "transpose", "moveaxis": "movedim", "swapdims": "transpose", "expand_as": "expand", "broadcast_to": "expand",
     "split_with_sizes": "split", "concat": "cat", "concatenate": "cat",
     "attr.T": "t", "attr.mT": "mT", "attr.data": "identity", "numpy_T": "t",
     "_softmax": "softmax", "mm": "matmul", "bmm": "matmul", "feature_dropout": "dropout", "native_dropout": "dropout",

@@ -1,38 +1,71 @@
-"""From a tensor at a boundary back to the parameter that made it."""
+"""From a tensor at a boundary back to the parameters that made it: one projection, or a chain (see `foreshock.patterns.latent`)."""
 
 from __future__ import annotations
 
-import itertools
+import math
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
 
+from foreshock.patterns.coordinates import Columns, Positions, flat
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import op, shape
-from foreshock.patterns.pullback import Coordinates, Pull, Trail, projection_weight
-from foreshock.records import WeightView
+from foreshock.patterns.latent import latent
+from foreshock.patterns.ops import shape
+from foreshock.patterns.pullback import Pull
+from foreshock.patterns.trail import Gain, Trail
+from foreshock.records import Stage, WeightView
+
+_LONGEST = 4  # projections in one chain
+
+
+@dataclass(frozen=True)
+class Link:
+    """One projection of a chain: the placeholders of its weight and gains, and how they are read."""
+
+    parameter: Node
+    gains: tuple[Node, ...]
+    stage: Stage
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Which projection made each channel: ``index[group, channel]`` on ``axis`` of ``parameter`` (a placeholder)."""
+    """Which projections made each channel, the one nearest the tensor first. ``path`` runs from ``projection`` to the tensor.
 
-    parameter: Node
-    index: np.ndarray[Any, np.dtype[np.int64]]
-    axis: int
-    head_map: tuple[int, ...]
+    ``channels`` are those of the head that come from there (None: all).
+    """
+
+    links: tuple[Link, ...]
     projection: Node
     path: tuple[Node, ...]
-    scale: tuple[Node, np.ndarray[Any, np.dtype[np.int64]], float] | None = None
+    channels: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[Node, ...]:
-        """The placeholders that hold the weight and, if there is one, the scale."""
-        return (self.parameter, self.scale[0]) if self.scale else (self.parameter,)
+        """The placeholders that hold the weights and gains, in the order of `WeightView.names`."""
+        return tuple(node for link in self.links for node in (link.parameter, *link.gains))
+
+    @property
+    def parameter(self) -> Node:
+        """The placeholder of the weight nearest the tensor."""
+        return self.links[0].parameter
+
+    @property
+    def index(self) -> Positions:
+        """``[heads, channels]``: each channel's position on the output axes of `parameter`."""
+        return self.links[0].stage.index
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        return self.links[0].stage.axes
+
+    @property
+    def head_map(self) -> tuple[int, ...]:
+        return self.links[0].stage.head_map
 
 
 @dataclass(frozen=True)
@@ -51,11 +84,17 @@ def head_axis(view: GraphView, node: Node) -> int:
     for axis in (1, 2):
         if len(sizes) != 4 or sizes[axis] < 2:
             continue
-        ends = np.array([[0, 0, 0, 0], [0, 0, 0, 0]], dtype=np.int64)
-        ends[1, axis] = 1
-        trail = Pull(view.parameters)(node, ends)
-        if trail is not None and trail.coordinates[0, -1] != trail.coordinates[1, -1]:
-            return axis
+        pull = Pull(view)
+        c = tuple(np.array([0, 1]) if a == axis else 0 for a in range(4))
+        found = pull.pieces(node, c, _last_reader(view, node))
+        for trail in found if isinstance(found, list) else ():
+            product = pull.projection(trail.view, trail.node)
+            if product is None:
+                continue
+            met, side = product
+            outputs = [x for x, at in zip(trail.coordinates, met.result, strict=True) if at in met.letters[side]]
+            if any(np.unique(column).size > 1 for column in outputs):
+                return axis
     return 1
 
 
@@ -64,95 +103,158 @@ def trace_heads(view: GraphView, node: Node, axis: int) -> Origin | Untraced:
     sizes = shape(node)
     if sizes is None or len(sizes) != 4:
         return Untraced(f"{node.name} is not 4-D")
-    heads, channels = sizes[axis], sizes[3]
-    c = np.zeros((heads, channels, 4), dtype=np.int64)
-    c[..., 3 - axis] = sizes[3 - axis] - 1
-    c[..., axis] = np.arange(heads)[:, None]
-    c[..., 3] = np.arange(channels)
-    return _origin(view, node, c.reshape(-1, 4), heads)
+    c: list[Any] = [0, 0, 0, np.arange(sizes[3])[None, :]]
+    c[3 - axis] = sizes[3 - axis] - 1
+    c[axis] = np.arange(sizes[axis])[:, None]
+    return _origin(view, node, tuple(c), sizes[axis], sizes[3])
 
 
-def trace_features(view: GraphView, node: Node) -> Origin | Untraced:
-    """The origin of the last axis of ``node`` (router logits or scores ``[..., E]``)."""
+def trace_features(view: GraphView, node: Node, axis: int = -1) -> Origin | Untraced:
+    """The origin of what runs along ``axis`` of ``node`` (router logits or scores, ``[..., E]`` or ``[E, T]``)."""
     sizes = shape(node)
     if not sizes:
         return Untraced(f"{node.name} is no tensor with axes")
-    c = np.zeros((sizes[-1], len(sizes)), dtype=np.int64)
-    c[:, -1] = np.arange(sizes[-1])
-    return _origin(view, node, c, 1)
+    c: list[Any] = [0] * len(sizes)
+    c[axis] = np.arange(sizes[axis])[None, :]
+    return _origin(view, node, tuple(c), 1, sizes[axis])
 
 
-def _origin(view: GraphView, node: Node, c: Coordinates, heads: int) -> Origin | Untraced:
-    pull = Pull(view.parameters)
-    trail = pull(node, c)
-    if trail is None:
-        return Untraced(pull.stops[-1] if pull.stops else f"{node.name} leads nowhere")
-    if trail.node in view.parameters:
+def _last_reader(view: GraphView, node: Node) -> Node | None:
+    return max(node.users, key=lambda user: view.order[user], default=None)
+
+
+def _origin(view: GraphView, node: Node, c: Columns, heads: int, channels: int) -> Origin | Untraced:
+    pull = Pull(view)
+    found = pull.pieces(node, c, _last_reader(view, node))
+    if isinstance(found, str):
+        return Untraced(found)
+    chosen = _widest(found, heads, channels)
+    if chosen is None:
+        return Untraced(f"{node.name}: its parts come from different projections")
+    trail, kept = chosen
+    links = _chain(pull, trail, heads, len(kept))
+    if isinstance(links, Untraced):
+        return links
+    whole = len(kept) == channels
+    return Origin(links, trail.node, trail.path, None if whole else tuple(int(i) for i in kept), trail.notes)
+
+
+def _widest(found: list[Trail], heads: int, channels: int) -> tuple[Trail, Positions] | None:
+    """Of trails that hold the same channels of every head, the one in which heads differ, then the widest; and its channels."""
+    if found[0].where is None:
+        return found[0], np.arange(channels)
+    best: tuple[tuple[bool, int], Trail, Positions] | None = None
+    for trail in found:
+        held = np.zeros((heads, channels), dtype=bool)
+        held.reshape(-1)[trail.where] = True
+        kept = np.flatnonzero(held[0])
+        if not len(kept) or (held != held[0]).any():
+            continue
+        order = np.argsort(trail.where)
+        coordinates = tuple(_rows(column[order], heads, len(kept)) for column in trail.coordinates)
+        gains = tuple(Gain(g.parameter, _rows(g.index[order], heads, len(kept)), g.offset) for g in trail.gains)
+        rank = (any(np.any(column != column[0]) for column in coordinates), len(kept))
+        if best is None or rank > best[0]:
+            best = rank, replace(trail, coordinates=coordinates, gains=gains, where=None), kept
+    return None if best is None else best[1:]
+
+
+def _rows(column: Any, heads: int, channels: int) -> Positions:
+    return np.broadcast_to(column, (heads * channels,)).reshape(heads, channels)
+
+
+def _chain(pull: Pull, trail: Trail, heads: int, channels: int) -> tuple[Link, ...] | Untraced:
+    """The projection at the end of ``trail``, and those before it of which it is the last."""
+    links: list[Link] = []
+    while True:
+        found = _link(pull, trail, (heads, channels))
+        if isinstance(found, Untraced):
+            return tuple(links) or found
+        link, distinct = found
+        links.append(link)
+        inner = latent(pull, trail, distinct, (heads, channels)) if len(links) < _LONGEST else None
+        if inner is None:
+            return tuple(links)
+        trail, heads, channels = inner
+
+
+def _link(pull: Pull, trail: Trail, whole: tuple[int, int]) -> tuple[Link, list[int]] | Untraced:
+    """How the elements of ``trail``, ``[heads, channels]``, are read out of the weight where it ends, and its distinct heads."""
+    product = pull.projection(trail.view, trail.node)
+    if product is None:
         return Untraced(f"{trail.node.name}: a parameter used without a projection")
-    weight = _projection_weight(view, trail)
-    if isinstance(weight, Untraced):
-        return weight
-    parameter, axis, positions = weight
-    rows = positions.reshape(heads, -1)
-    distinct, first, inverse = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    scale = None
-    if len(trail.scales) == 1:
-        gain, where, offset = trail.scales[0]
-        scale = (gain, where[:, -1].reshape(heads, -1)[np.sort(first)], offset)
-    return Origin(
-        parameter,
-        distinct[order],
-        axis,
-        tuple(int(rank[i]) for i in inverse.reshape(-1)),
-        trail.node,
-        trail.path,
-        scale,
+    met, side = product
+    values = dict(zip(met.result, trail.coordinates, strict=True))
+    weight, summed = met.operands[side], met.summed(side)
+    rows = dict(zip(summed, np.indices(tuple(summed.values())).reshape(len(summed), -1), strict=True))
+    first, last = ({letter: _end(column, end) for letter, column in values.items()} for end in (0, -1))
+    farthest = {**last, **{letter: size - 1 for letter, size in summed.items()}}
+    weights = Pull(trail.view)
+    outputs, inputs, corner = (
+        weights(weight, met.columns(side, these), trail.node) for these in (values, {**first, **rows}, farthest)
     )
+    if outputs is None or inputs is None or corner is None:
+        return Untraced(f"{trail.node.name}: its weight {weight.name} is no parameter ({weights.stops[-1]})")
+    if outputs.node not in pull.root.parameters or inputs.node is not outputs.node:
+        return Untraced(f"{trail.node.name}: its weight {weight.name} is a product of parameters")
+    sizes = shape(outputs.node) or ()
+    read = [a for a, column in enumerate(inputs.coordinates) if np.any(column != _end(column, 0))]
+    kept = [a for a in range(len(sizes)) if a not in read]
+    if any(
+        _end((inputs if a in read else outputs).coordinates[a], -1) != corner.coordinates[a] for a in range(len(sizes))
+    ):
+        return Untraced(f"{trail.node.name}: which inputs its weight {weight.name} meets differs by channel")
+    index = _table(flat([outputs.coordinates[a] for a in kept], [sizes[a] for a in kept]), whole)
+    order = np.asarray(flat([inputs.coordinates[a] for a in read], [sizes[a] for a in read]))
+    gains = [(gain, _table(gain.index, whole)) for gain in (*outputs.gains, *trail.gains)]
+    of_input = [column for letter, column in values.items() if letter in met.letters[1 - side] and np.ndim(column)]
+    distinct, head_map = _distinct(
+        [index, *(positions for _, positions in gains), *(_table(column, whole)[:, :1] for column in of_input)]
+    )
+    stage = Stage(
+        index=index[distinct],
+        axes=tuple(kept),
+        head_map=head_map,
+        inputs=None if np.array_equal(order, np.arange(math.prod(sizes[a] for a in read))) else np.atleast_1d(order),
+        gains=tuple((positions[distinct], gain.offset) for gain, positions in gains),
+        factor=outputs.factor,
+        unit=outputs.unit,
+    )
+    return Link(outputs.node, tuple(gain.parameter for gain, _ in gains), stage), distinct
 
 
-def _projection_weight(view: GraphView, trail: Trail) -> tuple[Node, int, Coordinates] | Untraced:
-    """The parameter behind a projection, the axis that holds output channels, and each element's position on it."""
-    projection = trail.node
-    channel = trail.coordinates[:, -1]
-    source, outputs_first = projection_weight(projection), op(projection) == "linear"
-    sizes = shape(source)
-    if sizes is None or len(sizes) != 2:
-        return Untraced(f"{projection.name}: multiplies by {getattr(source, 'name', source)}, which is no matrix")
-    inputs = sizes[1 if outputs_first else 0]
-    ends = []
-    for hidden in (0, inputs - 1):
-        pair = np.stack([channel, np.full_like(channel, hidden)], axis=1)
-        end = Pull(view.parameters)(source, pair if outputs_first else pair[:, ::-1])
-        if end is None or end.node not in view.parameters:
-            return Untraced(f"{projection.name}: its weight {getattr(source, 'name', source)} is no parameter")
-        if end.coordinates.shape[1] != 2:
-            return Untraced(f"{projection.name}: its weight {end.node.name} has {end.coordinates.shape[1]} axes, not 2")
-        ends.append(end)
-    low, high = ends
-    moved = (low.coordinates != high.coordinates).any(axis=0)
-    axis = int(moved[0]) if inputs > 1 else int(not outputs_first)
-    return low.node, axis, low.coordinates[:, axis]
+def _end(column: Any, end: int) -> int:
+    """The first or last entry of a column."""
+    return int(np.asarray(column).flat[end])
+
+
+def _table(column: Any, whole: tuple[int, int]) -> Positions:
+    return np.ascontiguousarray(np.broadcast_to(np.asarray(column, dtype=np.int64), whole))
+
+
+def _distinct(tables: list[Positions]) -> tuple[list[int], tuple[int, ...]]:
+    """The first of each set of equal rows, and which of those each row equals."""
+    known: dict[tuple[bytes, ...], int] = {}
+    head_map = tuple(
+        known.setdefault(tuple(table[row].tobytes() for table in tables), len(known)) for row in range(len(tables[0]))
+    )
+    return [head_map.index(position) for position in range(len(known))], head_map
 
 
 def weight_view(view: GraphView, origin: Origin | Untraced) -> WeightView | None:
-    """The `WeightView` of an origin, bound to the live parameter."""
+    """The `WeightView` of an origin, bound to the live parameters."""
     if isinstance(origin, Untraced):
         return None
-    gain = None if origin.scale is None else (view.names[origin.scale[0]], origin.scale[1], origin.scale[2])
+    while view.parent is not None:
+        view = view.parent
     return WeightView(
-        names=tuple(itertools.chain([view.names[origin.parameter]], [gain[0]] if gain else [])),
-        index=origin.index,
-        axis=origin.axis,
-        head_map=origin.head_map,
-        parameter=_reference(view, origin.parameter),
-        scale=gain,
-        scale_parameter=None if origin.scale is None else _reference(view, origin.scale[0]),
+        names=tuple(view.names[node] for node in origin.sources),
+        stages=tuple(link.stage for link in origin.links),
+        parameters=tuple(_reference(view.parameters[node]) for node in origin.sources),
+        channels=origin.channels,
+        notes=origin.notes,
     )
 
 
-def _reference(view: GraphView, placeholder: Node) -> weakref.ref[torch.Tensor] | None:
-    held = view.parameters[placeholder]
+def _reference(held: Any) -> weakref.ref[torch.Tensor] | None:
     return weakref.ref(held) if isinstance(held, torch.Tensor) else None

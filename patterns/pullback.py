@@ -1,367 +1,471 @@
 """Follow single elements of a tensor back through the graph to where they came from.
 
-Given coordinates of a node's elements, ``pull`` says which node and which of its elements they are copies (or elementwise
-functions) of. Views, transposes, slices, splits, concatenations, broadcasts and rotary embeddings are each a small map on
-coordinates, so that fused, interleaved and transposed projections need no case of their own.
+Given coordinates of a node's elements, `Pull` says which node and which of its elements they are copies (or elementwise functions)
+of. Views, splits, concatenations, broadcasts and rotary embeddings are each a small map on coordinates (see
+`foreshock.patterns.coordinates`), so that fused, interleaved and transposed projections need no case of their own. What was
+written in place on the way is followed instead of what stood there before, and the bodies of calls are gone through as if they
+stood in line.
 
-The walk ends at a projection (linear or matmul) or a parameter. It dies at reductions, constants, buffers and trigonometry:
-the cosines of a rotary embedding are no trail. Of two operands that both lead somewhere, the first wins.
+A trail ends at a projection (a contraction with a weight, see `foreshock.patterns.contraction`) or at a parameter. It dies at
+reductions, constants, buffers and trigonometry: the cosines of a rotary embedding are no trail. It dies in the residual stream
+too: where one summand is made from the other, no single projection made the sum. Of several operands that lead somewhere, the
+first wins that no nonlinear function stands before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch.fx import Node
 
+from foreshock.patterns.contraction import Contraction, contraction
+from foreshock.patterns.coordinates import RULES, Columns, broadcast, corner, flat, grid_of, number, piece, taken
+from foreshock.patterns.graph import GraphView, source_name
 from foreshock.patterns.ops import args, argument, op, shape, tensor
+from foreshock.patterns.trail import Found, Gain, Trail, along, each, scaled, united
+from foreshock.patterns.writes import Write
 
-Coordinates = npt.NDArray[np.int64]  # [elements, axes]
-
-_WEIGHT_ARGUMENT = {"linear": (1, "weight"), "matmul": (1, "other"), "addmm": (2, "mat2")}
-_UNARY = frozenset(
-    {"identity", "cast", "neg", "dropout", "tanh", "clamp", "clip", "normalize", "view_as_complex", "view_as_real"}
+# Elementwise functions of the first operand: those that are linear up to the size of a row, and others.
+_LINEAR = frozenset(
+    {"identity", "cast", "neg", "dropout", "normalize", "view_as_complex", "view_as_real", "masked_fill"}
 )
-_UNARY |= frozenset(
-    {"softmax", "log_softmax", "sigmoid", "softplus", "sqrt", "relu", "nan_to_num", "masked_fill", "exp", "log"}
+_LINEAR |= frozenset({"nan_to_num", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"})
+_BENT = frozenset(
+    {"tanh", "clamp", "clip", "softmax", "log_softmax", "sigmoid", "softplus", "sqrt", "relu", "exp", "log"}
 )
 _BINARY = frozenset({"add", "sub", "mul", "div", "where", "maximum", "minimum"})
-_NORMS = {"rms_norm": 1, "layer_norm": 1}
+_JOINING = _BINARY | {"cat", "stack", "pad"}
+_NORMS = {  # where the gain stands, and the axis it runs along (None: the last ones)
+    "rms_norm": (2, None),
+    "layer_norm": (2, None),
+    "group_norm": (2, 1),
+    "batch_norm": (3, 1),
+    "instance_norm": (3, 1),
+}
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_DEEPEST = 100  # sums and joins within each other on one trail: a longer one is a residual stream's
+
+Step = tuple[GraphView, Node, Node | None, Columns]  # the next node, in which graph, who reads it, and which elements
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What is known of one capture's nodes, whoever asks."""
+
+    varying: dict[GraphView, set[Node]] = field(default_factory=dict)
+    dead: dict[tuple[GraphView, Node], str] = field(default_factory=dict)
+    leads: dict[tuple[GraphView, Node], Trail | str] = field(default_factory=dict)
+    projections: dict[tuple[GraphView, Node], tuple[Contraction, int] | None] = field(default_factory=dict)
 
 
 def projection_weight(node: Node) -> Any:
-    """What ``node`` multiplies its input by, if it is a linear, matmul or addmm; else None."""
-    where = _WEIGHT_ARGUMENT.get(op(node))
-    return None if where is None else argument(node, *where, argument(node, 1, "mat2"))
+    """What ``node`` multiplies its input by, if it is a contraction; else None."""
+    found = contraction(node)
+    return None if found is None else found.operands[1]
 
 
-@dataclass(frozen=True)
-class Trail:
-    """Where elements come from. ``scales`` are 1-D parameters they were multiplied by: (node, positions, offset)."""
-
-    node: Node
-    coordinates: Coordinates
-    path: tuple[Node, ...] = ()
-    offset: float = 0.0
-    scales: tuple[tuple[Node, Coordinates, float], ...] = ()
-
-
-@dataclass
 class Pull:
-    """One walk over one graph. ``parameters`` are the placeholders that hold parameters; ``stops`` tells why branches died."""
+    """Walks back in one graph and in all that it calls or is called by.
 
-    parameters: Mapping[Node, Any]
-    stops: list[str] = field(default_factory=list)
-    _dead: set[Node] = field(default_factory=set)
+    ``straight`` walks keep to what is linear up to the size of a row: no sums or products of several activations, no
+    nonlinear function but norms. ``stops`` tells why trails died.
+    """
 
-    def __call__(self, node: Any, coordinates: Coordinates) -> Trail | None:
-        """The trail of the elements at ``coordinates`` of ``node``, or None."""
-        if not isinstance(node, Node) or node in self._dead:
-            return None
-        if node in self.parameters or self._is_projection(node):
-            return Trail(node, coordinates)
-        trail = self._step(node, coordinates)
-        if trail is None:
-            self._dead.add(node)
-            return None
-        return replace(trail, path=(*trail.path, node))
+    def __init__(self, view: GraphView, *, straight: bool = False) -> None:
+        self.view = self.root = view
+        while self.root.parent is not None:
+            self.root = self.root.parent
+        self.straight = straight
+        self.stops: list[str] = []
+        self._memory: _Memory = self.root.known.setdefault(_Memory, _Memory())
+        self._depth = 0
 
-    def _is_projection(self, node: Node) -> bool:
-        source = projection_weight(node)
-        sizes = shape(source)
-        if sizes is None or len(sizes) != 2:
-            return False
-        end = self(source, np.zeros((1, 2), dtype=np.int64))
-        return end is not None and end.node in self.parameters
+    def __call__(self, node: Any, c: Columns, reader: Node | None = None) -> Trail | None:
+        """The one trail of all elements at ``c`` of ``node``, as ``reader`` sees them, or None."""
+        found = self.pieces(node, c, reader)
+        if isinstance(found, list) and found[0].where is None:
+            return found[0]
+        self.stops.append(
+            found if isinstance(found, str) else f"{node.name}: its parts come from different projections"
+        )
+        return None
 
-    def _stop(self, node: Node, reason: str) -> None:
-        self.stops.append(f"{node.name}: {reason}")
+    def pieces(self, node: Any, c: Columns, reader: Node | None = None) -> Found:
+        """The trails of the elements at ``c``: one for all, or several for parts of them, or why there is none."""
+        if not isinstance(node, Node) or shape(node) is None:
+            return f"{node} is no tensor of the graph"
+        return self._read(self.view, node, reader, c, grid_of(c))
 
-    def _step(self, node: Node, c: Coordinates) -> Trail | None:
+    # -- what is known of a node -----------------------------------------------------------------------------------------
+
+    def projection(self, view: GraphView, node: Node) -> tuple[Contraction, int] | None:
+        """``node`` as a contraction with a weight, and which of its operands that is; None if it is none."""
+        known = self._memory.projections
+        if (view, node) not in known:
+            found = contraction(node)
+            fixed = op(node) == "linear" or op(node) in _CONVOLUTIONS
+            sides = [
+                side
+                for side in ((1,) if fixed else (1, 0))
+                if found and self.is_weight(view, found.operands[side], node)
+            ]
+            known[view, node] = (found, sides[0]) if found and sides else None
+        return known[view, node]
+
+    def is_weight(self, view: GraphView, node: Node, reader: Node) -> bool:
+        """Whether ``node`` holds a parameter and nothing that depends on the input."""
+        return node in self.root.parameters or (
+            not self.varies(view, node) and isinstance(self._lead(view, node, reader), Trail)
+        )
+
+    def varies(self, view: GraphView, node: Any) -> bool:
+        """Whether ``node`` depends on the input, and not on parameters, buffers and constants alone."""
+        known = self._memory.varying.get(view)
+        if known is None:
+            known = self._memory.varying[view] = set()
+            for inner in view.graph.nodes:
+                if inner.op == "placeholder":
+                    where, outer = _outside(view, inner)
+                    if where is view:
+                        changes = tensor(inner) is not None and inner not in view.parameters and not _is_buffer(inner)
+                    else:
+                        changes = self.varies(where, outer)
+                else:
+                    changes = not known.isdisjoint(inner.all_input_nodes)
+                if changes:
+                    known.add(inner)
+        return node in known
+
+    def _lead(self, view: GraphView, node: Node, reader: Node) -> Trail | str:
+        """Where the last element of ``node`` comes from."""
+        known = self._memory.leads
+        if (view, node) not in known:
+            found = self._read(view, node, reader, corner(node), ())
+            known[view, node] = found if isinstance(found, str) else found[0]
+        return known[view, node]
+
+    # -- the walk --------------------------------------------------------------------------------------------------------
+
+    def _read(self, view: GraphView, node: Node, reader: Node | None, c: Columns, grid: tuple[int, ...]) -> Found:
+        """The elements at ``c`` of ``node`` as they are when ``reader`` reads them (None: as ``node`` made them)."""
+        path: list[Node] = []
+        while True:
+            writes = view.written(node, reader) if reader is not None else []
+            if writes:
+                return along(self._overlaid(view, node, c, grid, writes), path)
+            if node.op == "placeholder":
+                where, outer = _outside(view, node)
+                if outer in self.root.parameters:
+                    return along([Trail(outer, c, self.root)], path)
+                if where is view or not isinstance(outer, Node):
+                    return _cut(node)
+                view, node, reader = where, outer, _caller(view, where)
+                continue
+            if (view, node) in self._memory.dead:
+                return self._memory.dead[view, node]
+            if self.projection(view, node) is not None:
+                return along([Trail(node, c, view)], path)
+            path.append(node)
+            step = self._step(view, node, c, grid)
+            if not isinstance(step, tuple):
+                return along(step, path)
+            view, node, reader, c = step
+
+    def _step(self, view: GraphView, node: Node, c: Columns, grid: tuple[int, ...]) -> Step | Found:
+        """The one operand that these elements come from, or the trails through several, or why there is none."""
         name = op(node)
-        if name in _BINARY:
-            return self._binary(node, name, c)
-        if name in _UNARY:
-            return self(args(node)[0], c)
-        if name in _NORMS:
-            return self._norm(node, c)
-        if name in ("cat", "stack"):
-            return self._cat(node, name, c)
-        if name == "getitem" and isinstance(args(node)[0], Node) and shape(args(node)[0]) is None:
-            return self._piece(node, c)
-        rule = _RULES.get(name)
-        if rule is None:
-            reason = (
-                "a graph input (the trail was cut by a graph break)"
-                if name == "placeholder"
-                else f"`{name}` is no copy"
-            )
-            self._stop(node, reason)
-            return None
-        moved = rule(node, c)
-        if moved is None:
-            self._stop(node, f"`{name}` with these arguments is not followed")
-            return None
-        return self(args(node)[0], moved)
+        if name in _JOINING:
+            return self._joined(view, node, name, c, grid)
+        first = argument(node, 0, "input")
+        moved: Columns | None = None
+        if name == "copy":
+            first = args(node)[1]
+            moved = None if shape(first) is None else broadcast(c, shape(first) or ())
+        elif name == "getitem" and isinstance(first, Node) and shape(first) is None:
+            if first in view.children:
+                return _inside(view.children[first], first, args(node)[1], c)
+            first, source = argument(first, 0, "input"), first
+            moved = piece(source, args(node)[1], c) if isinstance(args(node)[1], int) else None
+        elif name in _LINEAR or name in _NORMS or name == "_weight_norm" or (name in _BENT and not self.straight):
+            moved = c
+        elif name in RULES:
+            moved = RULES[name](node, c)
+        elif name in _CONVOLUTIONS and _is_depthwise(node):
+            moved = tuple(np.minimum(column, size - 1) for column, size in zip(c, shape(first) or (), strict=True))
+        if moved is None or not isinstance(first, Node) or shape(first) is None:
+            reason = f"{node.name}: {_why(name)}"
+            if not self.straight:
+                self._memory.dead[view, node] = reason
+            return reason
+        if name in _BENT:
+            return each(self._read(view, first, node, moved, grid), lambda trail: replace(trail, bent=True))
+        if name in _NORMS or name == "_weight_norm":
+            return self._normed(view, node, name, c, grid)
+        return view, first, node, moved
 
-    def _binary(self, node: Node, name: str, c: Coordinates) -> Trail | None:
-        operands = args(node)[1:] if name == "where" else args(node)[:2]
-        main: Trail | None = None
-        scales: list[tuple[Node, Coordinates, float]] = []
-        for operand in operands:
-            sizes = shape(operand)
-            if sizes is None:
+    def _overlaid(self, view: GraphView, node: Node, c: Columns, grid: tuple[int, ...], writes: list[Write]) -> Found:
+        """Elements of memory that was written to since ``node`` was made: each from the last write that covers it."""
+        left = np.arange(math.prod(grid))
+        parts: list[tuple[Any, Found]] = []
+        for write in writes:
+            inside, place = write.locate(node, taken(c, grid, left))
+            inside = np.broadcast_to(inside, len(left))
+            if inside.any():
+                rows = left[inside]
+                parts.append(
+                    (rows, self._stored(view, write, taken(place, (len(left),), np.flatnonzero(inside)), rows))
+                )
+                left = left[~inside]
+        if len(left):
+            parts.append((left, self._read(view, node, None, taken(c, grid, left), (len(left),))))
+        return united(grid, parts)
+
+    def _stored(self, view: GraphView, write: Write, c: Columns, rows: Any) -> Found:
+        if not isinstance(write.source, Node) or (shape(write.source) is None and write.source is not write.node):
+            return f"{write.node.name}: what is stored here is no copy of a tensor"
+        if write.source is write.node:
+            return self._read(view, write.node, None, c, (len(rows),))
+        return self._read(view, write.source, write.node, broadcast(c, shape(write.source) or ()), (len(rows),))
+
+    def _normed(self, view: GraphView, node: Node, name: str, c: Columns, grid: tuple[int, ...]) -> Found:
+        found = self._read(view, argument(node, 0, "input"), node, c, grid)
+        if name == "_weight_norm":
+            size = args(node)[1]
+            found = each(found, lambda trail: replace(trail, unit=True))
+            return self._scaled(view, node, found, size, broadcast(c, shape(size) or ()), grid)
+        place, axis = _NORMS[name]
+        gain = argument(node, place, "weight")
+        at = (c[axis],) if axis is not None else c[len(c) - len(shape(gain) or ()) :]
+        return self._scaled(view, node, found, gain, at, grid) if isinstance(gain, Node) else found
+
+    def _scaled(
+        self, view: GraphView, node: Node, found: Found, gain: Node, at: Columns, grid: tuple[int, ...]
+    ) -> Found:
+        """``found`` multiplied by ``gain``, whose elements ``at`` belong to the elements followed, if that is a parameter."""
+        if isinstance(found, str) or not self.is_weight(view, gain, node):
+            return found
+        trail = self._read(view, gain, node, at, grid)
+        if isinstance(trail, str) or trail[0].where is not None or trail[0].node not in self.root.parameters:
+            return found
+        index = np.asarray(flat(trail[0].coordinates, shape(trail[0].node) or ()))
+        return scaled(found, Gain(trail[0].node, index, trail[0].offset), grid)
+
+    # -- several operands ------------------------------------------------------------------------------------------------
+
+    def _joined(self, view: GraphView, node: Node, name: str, c: Columns, grid: tuple[int, ...]) -> Step | Found:
+        if self._depth > _DEEPEST:
+            return f"{node.name}: a long residual stream, and no single projection"
+        self._depth += 1
+        try:
+            if name not in _BINARY:
+                return self._concatenated(view, node, name, c, grid)
+            operands = args(node)[1:3] if name == "where" else args(node)[:2]
+            pairs = [(x, broadcast(c, shape(x) or ())) for x in operands if shape(x) is not None]
+            activations = [pair for pair in pairs if self.varies(view, pair[0])]
+            if not activations:
+                return self._of_weights(view, node, name, operands, pairs, grid)
+            found = self._of_activations(view, node, name, activations, grid)
+            for x, at in pairs if name == "mul" else ():
+                if not self.varies(view, x):
+                    found = self._scaled(view, node, found, x, at, grid)
+            return found
+        finally:
+            self._depth -= 1
+
+    def _of_activations(
+        self, view: GraphView, node: Node, name: str, pairs: list[tuple[Node, Columns]], grid: tuple[int, ...]
+    ) -> Found:
+        if self.straight:
+            wide = [pair for pair in pairs if (shape(pair[0]) or (1,))[-1] > 1] if len(pairs) > 1 else pairs
+            if len(wide) != 1 or (name in _BINARY and name not in ("add", "sub", "mul", "div")):
+                return f"{node.name}: several activations meet"
+            return self._read(view, wide[0][0], node, wide[0][1], grid)
+        found: Found = ""
+        for x, at in pairs:
+            this = self._read(view, x, node, at, grid)
+            if isinstance(this, str):
+                found = found or this
                 continue
-            trail = self(operand, _broadcast(c, sizes))
-            if trail is None:
+            found, others = this, [pair for pair in pairs if pair[0] is not x]
+            for other, there in others:
+                found = self._beside(view, node, name, (x, found), (other, there), grid)
+            break
+        return found
+
+    def _beside(
+        self,
+        view: GraphView,
+        node: Node,
+        name: str,
+        main: tuple[Node, Found],
+        second: tuple[Node, Columns],
+        grid: tuple[int, ...],
+    ) -> Found:
+        """What is found where ``main``, which leads somewhere, meets a second activation."""
+        x, found = main
+        other, there = second
+        lead = self._lead(view, other, node)
+        if isinstance(found, str) or (isinstance(lead, Trail) and any(lead.node is trail.node for trail in found)):
+            return found
+        adds = name in ("add", "sub")
+        if adds and (_makes(view, other, found[0]) or (isinstance(lead, Trail) and _makes(view, x, lead))):
+            return f"{node.name}: the residual stream, and no single projection"
+        if isinstance(lead, str) or lead.node in self.root.parameters:
+            return found
+        left_out = lead.node
+        if (found[0].bent and not lead.bent) or (adds and self._inputs(lead) > self._inputs(found[0])):
+            swapped = self._read(view, other, node, there, grid)
+            if isinstance(swapped, list):
+                found, left_out = swapped, found[0].node
+        note = f"a second projection, {left_out.name}, is added: the factors are of the first alone"
+        return each(found, lambda trail: replace(trail, notes=(*trail.notes, note))) if adds else found
+
+    def _inputs(self, trail: Trail) -> int:
+        """How many inputs a projection sums over."""
+        found = self.projection(trail.view, trail.node)
+        return 0 if found is None else math.prod(found[0].summed(found[1]).values())
+
+    def _of_weights(
+        self,
+        view: GraphView,
+        node: Node,
+        name: str,
+        operands: Sequence[Any],
+        pairs: list[tuple[Node, Columns]],
+        grid: tuple[int, ...],
+    ) -> Found:
+        """The largest parameter, multiplied by smaller ones and by numbers."""
+        leads = {x: self._lead(view, x, node) for x, _ in pairs}
+        alive = [pair for pair in pairs if isinstance(leads[pair[0]], Trail)]
+        if not alive:
+            return next((lead for lead in leads.values() if isinstance(lead, str)), f"{node.name}: a constant")
+        x, at = max(alive, key=lambda pair: math.prod(shape(pair[0]) or ()))
+        found = self._read(view, x, node, at, grid)
+        for other, there in pairs:
+            lead = leads[other]
+            if other is x or (isinstance(lead, Trail) and isinstance(found, list) and lead.node is found[0].node):
                 continue
-            if trail.node in self.parameters and len(shape(trail.node) or ()) <= 1:
-                if name == "mul":
-                    scales.append((trail.node, trail.coordinates, trail.offset))
-                if len([x for x in operands if isinstance(x, Node)]) == 1:
-                    number = next((x for x in operands if isinstance(x, int | float)), 0.0)
-                    return replace(trail, offset=trail.offset + number) if name == "add" else trail
-            elif main is None:
-                main = trail
-        return None if main is None else replace(main, scales=(*main.scales, *scales))
+            if name == "mul" and isinstance(lead, Trail) and lead.node in self.root.parameters:
+                found = self._scaled(view, node, found, other, there, grid)
+            elif name in ("mul", "div") or isinstance(lead, Trail):
+                note = f"the weight meets {other.name} in {node.name}: the factors are without it"
+                found = each(found, lambda trail, note=note: replace(trail, notes=(*trail.notes, note)))
+        n = next((x for x in operands if isinstance(x, int | float) and not isinstance(x, bool)), None)
+        if n is None:
+            return found
+        if name in ("add", "sub"):
+            return each(found, lambda trail: replace(trail, offset=trail.offset + (n if name == "add" else -n)))
+        by = n if name == "mul" else 1 / n if name == "div" and operands[0] is x and n else 1.0
+        return each(found, lambda trail: replace(trail, factor=trail.factor * by))
 
-    def _norm(self, node: Node, c: Coordinates) -> Trail | None:
-        trail = self(args(node)[0], c)
-        weight = argument(node, 2, "weight")
-        if trail is None or weight not in self.parameters or len(shape(weight) or ()) != 1:
-            return trail
-        return replace(trail, scales=(*trail.scales, (weight, c[:, -1:], 0.0)))
-
-    def _cat(self, node: Node, name: str, c: Coordinates) -> Trail | None:
-        tensors = [x for x in argument(node, 0, "tensors") if shape(x) is not None]
-        if name == "cat":
-            tensors = [x for x in tensors if len(shape(x) or ()) == c.shape[1]]
-        axis = argument(node, 1, "dim", 0) % (_axes(tensors[0]) + (name == "stack"))
-        sizes = [1 if name == "stack" else (shape(x) or ())[axis] for x in tensors]
-        ends = np.cumsum(sizes)
-        which = np.searchsorted(ends, c[:, axis], side="right")
-        trails: dict[int, Trail] = {}
-        for part in np.unique(which):
-            rows = c[which == part].copy()
-            if name == "stack":
-                rows = np.delete(rows, axis, axis=1)
-            else:
-                rows[:, axis] -= ends[part] - sizes[part]
-            trail = self(tensors[part], rows)
-            if trail is None:
-                return None
-            trails[int(part)] = trail
-        first = next(iter(trails.values()))
-        if any(trail.node is not first.node for trail in trails.values()):
-            self._stop(node, "its parts come from different projections")
-            return None
-        merged = np.empty((len(c), first.coordinates.shape[1]), dtype=np.int64)
-        for part, trail in trails.items():
-            merged[which == part] = trail.coordinates
-        return replace(first, coordinates=merged, scales=_merged_scales(which, trails))
-
-    def _piece(self, node: Node, c: Coordinates) -> Trail | None:
-        """getitem(i) of split, chunk or unbind."""
-        source, index = args(node)[0], args(node)[1]
-        name = op(source) if isinstance(source, Node) else ""
-        whole = shape(args(source)[0]) if isinstance(source, Node) and args(source) else None
-        if (
-            not isinstance(source, Node)
-            or whole is None
-            or not isinstance(index, int)
-            or name not in ("split", "chunk", "tensor_split", "unbind")
-        ):
-            self._stop(node, f"piece of `{name}` is not followed")
-            return None
-        if name == "unbind":
-            axis = argument(source, 1, "dim", 0) % _axes(args(source)[0])
-            return self(args(source)[0], np.insert(c, axis, index % whole[axis], axis=1))
-        axis = argument(source, 2, "dim", 0) % _axes(args(source)[0])
-        how = next((source.kwargs[key] for key in _HOW if key in source.kwargs), None)
-        start = _start(name, argument(source, 1, "", how), index, whole[axis])
-        if start is None:
-            self._stop(node, f"piece of `{name}` with these arguments is not followed")
-            return None
-        moved = c.copy()
-        moved[:, axis] += start
-        return self(args(source)[0], moved)
-
-
-_HOW = ("split_size_or_sections", "split_size", "chunks", "indices_or_sections", "indices", "sections")
-
-
-def _start(name: str, how: Any, index: int, length: int) -> int | None:
-    """Where piece ``index`` of an axis of ``length`` begins that was cut by ``name`` with argument ``how``."""
-    if isinstance(how, list | tuple) and all(isinstance(part, int) for part in how):
-        if name == "tensor_split":
-            ends = [0, *(slice(part).indices(length)[1] for part in how)]
-            return ends[index % len(ends)]
-        return sum(how[: index % len(how)])
-    if not isinstance(how, int):
-        return None
-    if name == "tensor_split":
-        piece = index % how
-        return piece * (length // how) + min(piece, length % how)
-    step = how if name == "split" else -(-length // how)
-    return (index if index >= 0 else -(-length // step) + index) * step
-
-
-def _merged_scales(which: Coordinates, trails: Mapping[int, Trail]) -> tuple[tuple[Node, Coordinates, float], ...]:
-    """The scales of joined parts: kept where every part was multiplied by the same parameters."""
-    parts = list(trails.values())
-    if len({tuple((scale, offset) for scale, _, offset in trail.scales) for trail in parts}) != 1:
-        return ()
-    merged = []
-    for i, (scale, first, offset) in enumerate(parts[0].scales):
-        positions = np.empty((len(which), first.shape[1]), dtype=np.int64)
-        for part, trail in trails.items():
-            positions[which == part] = trail.scales[i][1]
-        merged.append((scale, positions, offset))
-    return tuple(merged)
-
-
-def _axes(node: Any) -> int:
-    """Axes as PyTorch counts them: the last coordinate of a complex element, its real or imaginary part, is none."""
-    found = tensor(node)
-    return 0 if found is None else found.dim()
-
-
-def _broadcast(c: Coordinates, sizes: tuple[int, ...]) -> Coordinates:
-    """Coordinates of the broadcast result -> coordinates of an operand of ``sizes``."""
-    kept = c[:, c.shape[1] - len(sizes) :] if len(sizes) else c[:, :0]
-    return np.where(np.array(sizes, dtype=np.int64) == 1, 0, kept)
-
-
-def _reshape(node: Node, c: Coordinates) -> Coordinates | None:
-    out, source = shape(node), shape(args(node)[0])
-    if out is None or source is None or np.prod(out) != np.prod(source):
-        return None
-    flat = np.ravel_multi_index(tuple(c.T), out) if out else np.zeros(len(c), dtype=np.int64)
-    return (
-        np.stack(np.unravel_index(flat, source), axis=1).astype(np.int64)
-        if source
-        else np.zeros((len(c), 0), dtype=np.int64)
-    )
-
-
-def _permute_by(order: list[int], c: Coordinates) -> Coordinates:
-    """Output axis ``a`` is input axis ``order[a]``."""
-    moved = np.empty_like(c)
-    moved[:, order] = c
-    return moved
-
-
-def _transpose(node: Node, c: Coordinates) -> Coordinates:
-    axes = _axes(node)
-    order = list(range(c.shape[1]))
-    first, second = argument(node, 1, "dim0") % axes, argument(node, 2, "dim1") % axes
-    order[first], order[second] = order[second], order[first]
-    return _permute_by(order, c)
-
-
-def _permute(node: Node, c: Coordinates) -> Coordinates:
-    dims = argument(node, 1, "dims")
-    dims = dims if isinstance(dims, list | tuple) else args(node)[1:]
-    axes = _axes(node)
-    return _permute_by([*(int(dim) % axes for dim in dims), *range(axes, c.shape[1])], c)
-
-
-def _matrix_transpose(node: Node, c: Coordinates) -> Coordinates:
-    order, axes = list(range(c.shape[1])), _axes(node)
-    order[max(axes - 2, 0) : axes] = order[max(axes - 2, 0) : axes][::-1]
-    return _permute_by(order, c)
-
-
-def _expand(node: Node, c: Coordinates) -> Coordinates | None:
-    source = shape(args(node)[0])
-    return None if source is None else _broadcast(c, source)
-
-
-def _repeat_interleave(node: Node, c: Coordinates) -> Coordinates | None:
-    repeats, axis = argument(node, 1, "repeats"), argument(node, 2, "dim")
-    if not isinstance(repeats, int) or axis is None:
-        return None
-    moved = c.copy()
-    moved[:, axis % _axes(node)] //= repeats
-    return moved
-
-
-def _repeat(node: Node, c: Coordinates) -> Coordinates | None:
-    source = shape(args(node)[0])
-    if source is None:
-        return None
-    return c[:, c.shape[1] - len(source) :] % np.array(source, dtype=np.int64)
-
-
-def _select(node: Node, c: Coordinates) -> Coordinates | None:
-    source, axis, index = shape(args(node)[0]), argument(node, 1, "dim"), argument(node, 2, "index")
-    if source is None or not isinstance(index, int):
-        return None
-    axis %= _axes(args(node)[0])
-    return np.insert(c, axis, index % source[axis], axis=1)
-
-
-def _narrow(node: Node, c: Coordinates) -> Coordinates | None:
-    start = argument(node, 2, "start")
-    if not isinstance(start, int):
-        return None
-    moved = c.copy()
-    moved[:, argument(node, 1, "dim") % _axes(node)] += start
-    return moved
-
-
-def _getitem(node: Node, c: Coordinates) -> Coordinates | None:
-    source = shape(args(node)[0])
-    index = args(node)[1]
-    parts = list(index) if isinstance(index, tuple) else [index]
-    if source is None or any(not (part is None or part is Ellipsis or _is_index(part)) for part in parts):
-        return None
-    if any(isinstance(part, list) for part in parts) and sum(isinstance(part, int | list) for part in parts) > 1:
-        return None
-    consumed = sum(part is not None and part is not Ellipsis for part in parts)
-    axes = _axes(args(node)[0])
-    fill: list[Any] = [slice(None)] * (axes - consumed)
-    at = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
-    parts = [*parts[:at], *fill, *parts[at + 1 :], *[slice(None)] * (len(source) - axes)]
-    columns, out, axis = [], 0, 0
-    for part in parts:
-        if part is None:
-            out += 1
-        elif isinstance(part, int):
-            columns.append(np.full(len(c), part % source[axis], dtype=np.int64))
-            axis += 1
-        elif isinstance(part, list):  # alone among slices, a list of positions keeps its axis in place
-            columns.append(np.array(part, dtype=np.int64)[c[:, out]] % source[axis])
-            out, axis = out + 1, axis + 1
+    def _concatenated(self, view: GraphView, node: Node, name: str, c: Columns, grid: tuple[int, ...]) -> Step | Found:
+        """cat, stack and pad: elements from several tensors."""
+        if name == "pad":
+            tensors, axis, sizes, c = _padded(node, c)
         else:
-            if any(isinstance(end, Node) for end in (part.start, part.stop, part.step)):
-                return None
-            start, _, step = part.indices(source[axis])
-            columns.append(c[:, out] * step + start)
-            out, axis = out + 1, axis + 1
-    return np.stack(columns, axis=1)
+            tensors = [x for x in argument(node, 0, "tensors") if shape(x) is not None]
+            if name == "cat":
+                tensors = [x for x in tensors if len(shape(x) or ()) == len(c)]
+            if not tensors:
+                return f"{node.name}: joins nothing that is followed"
+            dims = (tensor(tensors[0]).dim() if tensor(tensors[0]) is not None else 0) + (name == "stack")
+            axis = argument(node, 1, "dim", argument(node, 1, "axis", 0)) % dims
+            sizes = [1 if name == "stack" else (shape(x) or ())[axis] for x in tensors]
+        ends = np.cumsum(sizes)
+        which = np.searchsorted(ends, c[axis], side="right")
+        starts = [int(end) - size for end, size in zip(ends, sizes, strict=True)]
+
+        def of(part: int, rows: Columns) -> Columns:
+            rest = rows[axis + 1 :]
+            return (*rows[:axis], *rest) if name == "stack" else (*rows[:axis], rows[axis] - starts[part], *rest)
+
+        met = [int(part) for part in np.unique(which)]
+        if len(met) == 1:
+            return (
+                (view, tensors[met[0]], node, of(met[0], c)) if tensors[met[0]] is not None else f"{node.name}: padding"
+            )
+        whole = np.broadcast_to(which, grid).reshape(-1)
+        parts: list[tuple[Any, Found]] = []
+        for part in met:
+            rows, source = np.flatnonzero(whole == part), tensors[part]
+            found: Found = f"{node.name}: padding"
+            if source is not None:
+                found = self._read(view, source, node, of(part, taken(c, grid, rows)), (len(rows),))
+            parts.append((rows, found))
+        return united(grid, parts)
 
 
-def _is_index(part: Any) -> bool:
-    if isinstance(part, list):
-        return all(type(position) is int for position in part)
-    return isinstance(part, int | slice)
+def _outside(view: GraphView, node: Node) -> tuple[GraphView, Any]:
+    """What a body's placeholder is in the graph that calls it, or further out; ``node`` itself in the outermost graph."""
+    found = view.source(node)
+    while isinstance(found, Node) and view.parent is not None and found.graph is not view.graph:
+        view = view.parent
+    return view, found
 
 
-_RULES: Mapping[str, Callable[[Node, Coordinates], Coordinates | None]] = {
-    "reshape": _reshape,
-    "transpose": _transpose,
-    "permute": _permute,
-    "t": _matrix_transpose,
-    "mT": _matrix_transpose,
-    "expand": _expand,
-    "repeat_interleave": _repeat_interleave,
-    "repeat": _repeat,
-    "select": _select,
-    "narrow": _narrow,
-    "getitem": _getitem,
-}
+def _caller(view: GraphView, outer: GraphView) -> Node | None:
+    """The call in ``outer`` inside which ``view`` lies."""
+    call = view.call
+    while view.parent is not None and view is not outer:
+        view, call = view.parent, view.call
+    return call
+
+
+def _inside(child: GraphView, call: Node, index: Any, c: Columns) -> Step | str:
+    """Result ``index`` of a call, as its body returns it."""
+    end = next(iter(reversed(child.graph.nodes)))
+    results: Any = end.args[0]
+    if op(call) == "higher_order::autograd_function_apply":
+        results = results[0]
+    results = results if isinstance(results, list | tuple) else (results,)
+    found = results[index] if isinstance(index, int) and index < len(results) else None
+    return (child, found, end, c) if isinstance(found, Node) else f"{call.name}: its result {index} is no tensor"
+
+
+def _cut(node: Node) -> str:
+    """Why a trail ends at a graph input."""
+    if _is_buffer(node):
+        return f"{node.name}: a buffer"
+    places = (
+        re.search(r"torch_dynamo_resume_in_(\w+)_at_(\d+)", n.meta.get("stack_trace") or "") for n in node.graph.nodes
+    )
+    resumed = next((f", resumed in {place[1]} at line {place[2]}" for place in places if place), "")
+    return f"{node.name}: a graph input (the trail was cut by a graph break{resumed}): {source_name(node) or node.name}"
+
+
+def _is_buffer(node: Node) -> bool:
+    return "._buffers[" in source_name(node)
+
+
+def _is_depthwise(node: Node) -> bool:
+    x, weight = shape(argument(node, 0, "input")) or (), shape(argument(node, 1, "weight")) or ()
+    return len(x) == len(weight) > 2 and weight[1] == 1 and argument(node, 6, "groups", 1) == weight[0] == x[1]
+
+
+def _makes(view: GraphView, node: Node, trail: Trail) -> bool:
+    """Whether the projection at the end of ``trail`` is made from ``node``, not far away."""
+    end, where = trail.node, trail.view
+    while where is not view and where.parent is not None and where.call is not None:
+        end, where = where.call, where.parent
+    return where is view and end in view.forward_slice(node)
+
+
+def _padded(node: Node, c: Columns) -> tuple[list[Node | None], int, list[int], Columns]:
+    """Padding as a concatenation along the last axis; along others, where no channels are, the nearest element stands in."""
+    x, pad = args(node)[0], list(argument(node, 1, "pad"))
+    sizes, moved = shape(x) or (), list(c)
+    for i in range(len(pad) // 2):
+        axis, before = len(sizes) - 1 - i, number(pad[2 * i]) or 0
+        if i:
+            moved[axis] = np.clip(moved[axis] - before, 0, sizes[axis] - 1)
+    before, after = (number(side) or 0 for side in pad[:2])
+    return [None, x, None], len(sizes) - 1, [before, sizes[-1], after], tuple(moved)
+
+
+def _why(name: str) -> str:
+    return "a constant" if name == "get_attr" else f"`{name}` is no copy"

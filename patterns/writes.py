@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from foreshock.patterns.coordinates import Column, Columns, Positions
 from foreshock.patterns.ops import args, hint, op, schema, tensor
 
-Coordinates = npt.NDArray[np.int64]
 _NO_WRITE = frozenset({"requires_grad_", "detach_", "retain_grad_", "share_memory_"})
 _OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "iand", "ior", "ixor"})
 
@@ -38,13 +37,13 @@ class Write:
         fake = tensor(node)
         return None if fake is None or fake.layout is not torch.strided else fake.untyped_storage()._cdata
 
-    def locate(self, node: Node, coordinates: Coordinates) -> tuple[npt.NDArray[np.bool_], Coordinates]:
-        """Which elements of ``node`` at ``coordinates`` this write covers, and where in the region they lie."""
+    def locate(self, node: Node, c: Columns) -> tuple[Any, Columns]:
+        """Which elements of ``node`` at ``c`` this write covers, and where in the region they lie."""
         fake = tensor(node)
         assert fake is not None
         _, strides, offset = _lie(fake)
-        address = offset + coordinates @ np.array(strides, dtype=np.int64)
-        return _decode(address, *_lie(self.region))
+        address = offset + sum(column * stride for column, stride in zip(c, strides, strict=True))
+        return _decode(np.asarray(address), *_lie(self.region))
 
 
 def _lie(fake: torch.Tensor) -> tuple[list[int], list[int], int]:
@@ -57,18 +56,16 @@ def _lie(fake: torch.Tensor) -> tuple[list[int], list[int], int]:
     return sizes, strides, hint(fake.storage_offset()) * unit
 
 
-def _decode(
-    address: npt.NDArray[np.int64], sizes: list[int], strides: list[int], offset: int
-) -> tuple[npt.NDArray[np.bool_], Coordinates]:
-    """Coordinates of addresses in a strided region without overlaps, and whether they lie in it."""
+def _decode(address: Positions, sizes: list[int], strides: list[int], offset: int) -> tuple[Any, Columns]:
+    """Whether addresses lie in a strided region, and where. In a region that overlaps itself any of the places will do."""
     rest = address - offset
     inside = rest >= 0
-    found = np.zeros((len(address), len(sizes)), dtype=np.int64)
+    found: list[Column] = [0] * len(sizes)
     for axis in sorted(range(len(sizes)), key=lambda a: -strides[a]):
         if strides[axis] > 0 and sizes[axis] > 1:
-            found[:, axis] = np.minimum(rest // strides[axis], sizes[axis] - 1)
-            rest = rest - found[:, axis] * strides[axis]
-    return inside & (rest == 0), found
+            found[axis] = np.clip(rest // strides[axis], 0, sizes[axis] - 1)
+            rest = rest - found[axis] * strides[axis]
+    return inside & (rest == 0), tuple(found)
 
 
 def writes_of(graph: Graph) -> Mapping[int, list[Write]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from foreshock.patterns import Match
-from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView
+from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView, met
 
 _FIELDS = frozenset(field.name for field in fields(Site)) - {"id", "name", "kind", "pattern", "facts", "weights"}
 Held = Mapping[str, tuple[torch.Tensor, ...]]  # weight role -> the parameters that stand for it in one call
@@ -74,7 +74,7 @@ class Instances:
         return found
 
     def _make(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
-        weights = {role: self._rebind(view, held[role]) for role, view in match.weights.items()}
+        weights = met({role: self._rebind(view, held[role]) for role, view in match.weights.items()})
         paths = [view.names[0].split(".")[:-1] for view in weights.values()]
         moved = any(view.resolve() is not match.weights[role].resolve() for role, view in weights.items())
         if paths:
@@ -87,13 +87,13 @@ class Instances:
         site = Site(
             self._fresh_id(match.kind, name), name, match.kind, match.pattern, **own, facts=further, weights=others
         )
-        return Instance(site, probe, facts, match.laws, match.notes)
+        told = (f"{role}: {note}" for role, view in weights.items() for note in view.notes)
+        return Instance(site, probe, facts, match.laws, (*match.notes, *told))
 
     def _rebind(self, view: WeightView, parameters: tuple[torch.Tensor, ...]) -> WeightView:
         """``view`` on the parameters of this call: under regional compilation one graph serves many layers."""
         names = tuple(self.name_of(p) or old for p, old in zip(parameters, view.names, strict=True))
-        gain = weakref.ref(parameters[1]) if len(parameters) > 1 else None
-        return replace(view, names=names, parameter=weakref.ref(parameters[0]), scale_parameter=gain)
+        return replace(view, names=names, parameters=tuple(weakref.ref(p) for p in parameters))
 
     def _fresh_id(self, kind: str, name: str) -> str:
         base = candidate = f"{kind}:{name}" if name else kind

@@ -6,7 +6,7 @@ Everything here is a frozen value; nothing here imports another part of foreshoc
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -38,23 +38,80 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightView:
-    """How to read one head's ``[hidden, head_dim]`` factor out of a parameter.
+class Stage:
+    """How one projection is read out of its parameter, whatever its number of axes.
 
-    ``index[h, j]`` is the position, along ``axis`` of the parameter, of channel ``j`` of head ``h``: it covers separate,
-    fused, interleaved and transposed projections alike. Heads are distinct: under grouped-query attention a key weight has
-    as many heads as there are key/value heads. ``head_map`` says which of them each head of the tensor at the kernel reads.
+    ``index[h, j]`` is the position of channel ``j`` of head ``h`` on the output axes ``axes`` of the parameter, flattened; the
+    other axes are its inputs, flattened likewise, or those at ``inputs``. ``head_map`` says which of these heads each head of the
+    reader meets. ``gains`` are the positions in one more parameter each, with a number added to it, that multiply a channel:
+    ``factor * (gain + offset)``. With ``unit`` each channel is divided by its norm first; ``factor`` multiplies all.
+    """
+
+    index: Array  # int64 [heads, channels]
+    axes: tuple[int, ...]
+    head_map: tuple[int, ...]
+    inputs: Array | None = None
+    gains: tuple[tuple[Array, float], ...] = ()
+    factor: float = 1.0
+    unit: bool = False
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """``[heads, inputs, channels]``, without gains."""
+        heads, channels = self.index.shape
+        inputs = [axis for axis in range(weight.dim()) if axis not in self.axes]
+        rows = weight.permute(*self.axes, *inputs).flatten(len(self.axes)) if inputs else weight[..., None]
+        rows = rows.flatten(0, len(self.axes) - 1) if self.axes else rows[None]
+        rows = rows.index_select(0, torch.as_tensor(self.index.reshape(-1), device=weight.device))
+        if self.inputs is not None:
+            rows = rows.index_select(1, torch.as_tensor(self.inputs, device=weight.device))
+        if self.unit:
+            rows = rows / rows.norm(dim=1, keepdim=True)
+        return rows.reshape(heads, channels, -1).transpose(1, 2)
+
+    def gain(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """What multiplies each channel, float64 ``[heads, channels]``; None where nothing does."""
+        found: torch.Tensor | None = None
+        for parameter, (positions, offset) in zip(parameters, self.gains, strict=True):
+            one = parameter.reshape(-1)[torch.as_tensor(positions, device=parameter.device)].double() + offset
+            found = one if found is None else found * one
+        if self.factor == 1.0 or found is not None:
+            return found if found is None else found * self.factor
+        return torch.full(self.index.shape, self.factor, dtype=torch.float64)
+
+    def only(self, columns: Sequence[int]) -> Stage:
+        """With these channels alone."""
+        kept = list(columns)
+        gains = tuple((positions[:, kept], offset) for positions, offset in self.gains)
+        return replace(self, index=self.index[:, kept], gains=gains)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightView:
+    """How to read one head's ``[hidden, head_dim]`` factor out of one parameter or several.
+
+    Separate, fused, interleaved and transposed projections are one `Stage`; a low-rank chain (multi-head latent attention) has a
+    stage for each projection, the one nearest the kernel first. ``names`` and ``parameters`` run along the stages: each weight
+    and then its gains. Heads are distinct: under grouped-query attention a key weight has as many as there are key/value heads.
+
+    ``channels``: which channels of the head the columns of a factor are (None: all, in order). Where a part of the head comes
+    from elsewhere (the rotary half of a latent key), it is left out.
     """
 
     names: tuple[str, ...]
-    index: Array  # int64 [heads, head_dim]
-    axis: int
-    head_map: tuple[int, ...]
-    parameter: weakref.ref[torch.Tensor] | None = None
-    scale: tuple[str, Array, float] | None = (
-        None  # (parameter name, int64 [heads, head_dim], offset): factor * (p + offset)
-    )
-    scale_parameter: weakref.ref[torch.Tensor] | None = None
+    stages: tuple[Stage, ...]
+    parameters: tuple[weakref.ref[torch.Tensor] | None, ...] = ()
+    channels: tuple[int, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def index(self) -> Array:
+        """``[heads, channels]``: positions on the flattened output axes of the parameter nearest the kernel."""
+        return self.stages[0].index
+
+    @property
+    def head_map(self) -> tuple[int, ...]:
+        """Which head of this view each head of the tensor at the kernel reads."""
+        return self.stages[0].head_map
 
     @property
     def heads(self) -> int:
@@ -66,39 +123,82 @@ class WeightView:
         at_kernel = len(self.head_map)
         return tuple(self.head_map[head * at_kernel // query_heads] for head in range(query_heads))
 
+    def held(self) -> tuple[torch.Tensor, ...] | None:
+        """The live parameters in the order of ``names``, or None once one of them is gone."""
+        found = [reference() if reference is not None else None for reference in self.parameters]
+        return tuple(x for x in found if x is not None) if found and all(x is not None for x in found) else None
+
     def resolve(self) -> torch.Tensor | None:
-        """The live parameter, or None once it is gone."""
-        return self.parameter() if self.parameter is not None else None
+        """The live parameter nearest the kernel, or None once it or another of the view is gone."""
+        held = self.held()
+        return None if held is None else held[0]
+
+    def matrices(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Of each stage its matrix, ``[heads, inputs, channels]`` in the parameter's dtype, and its gain, float64
+        ``[heads, channels]`` or None. Detached. Raises LookupError once a parameter is gone."""
+        held = self.held()
+        if held is None:
+            raise LookupError(f"reading the weight {', '.join(self.names)}: the parameter no longer exists")
+        found, at = [], 0
+        for stage in self.stages:
+            weight, *gains = (x.detach() for x in held[at : at + 1 + len(stage.gains)])
+            gain = stage.gain(gains)
+            found.append((stage.matrix(weight), None if gain is None else gain.to(weight.device)))
+            at += 1 + len(gains)
+        return found
 
     def factors(self) -> torch.Tensor:
-        """All factors, ``[heads, hidden, head_dim]``, in the parameter's dtype, detached."""
-        weight = self.resolve()
-        if weight is None:
-            raise LookupError(f"reading the weight {', '.join(self.names)}: the parameter no longer exists")
-        weight = weight.detach()
-        heads, head_dim = self.index.shape
-        rows = weight.index_select(self.axis, torch.as_tensor(self.index.reshape(-1), device=weight.device))
-        rows = rows if self.axis == 0 else rows.T
-        factors = rows.reshape(heads, head_dim, -1).transpose(1, 2)
-        scale = self.scale_parameter() if self.scale_parameter is not None else None
-        if scale is None or self.scale is None:
-            return factors
-        _, positions, offset = self.scale
-        gain = scale.detach().reshape(-1)[torch.as_tensor(positions, device=scale.device)] + offset
-        return factors * gain[:, None, :]
+        """All factors, ``[heads, hidden, head_dim]``, detached: in the parameter's dtype, a chain's in at least float32."""
+        product: torch.Tensor | None = None
+        for stage, (matrix, gain) in zip(self.stages, self.matrices(), strict=True):
+            factor = matrix if gain is None else matrix * gain.to(matrix.dtype)[:, None, :]
+            if product is None:
+                product = factor
+                continue
+            wide = torch.promote_types(torch.float32, torch.promote_types(factor.dtype, product.dtype))
+            factor = factor if factor.shape[0] == 1 else factor[list(stage.head_map)]
+            product = factor.to(wide) @ product.to(wide)
+        assert product is not None
+        return product
 
     def factor(self, head: int) -> torch.Tensor:
         """Head ``head``'s factor, ``[hidden, head_dim]``, so that ``x @ factor`` is the head's projection of ``x``."""
         return self.factors()[head]
 
+    def only(self, channels: Sequence[int]) -> WeightView:
+        """The view of those of ``channels`` (of the head) that it has."""
+        own = range(self.index.shape[1]) if self.channels is None else self.channels
+        columns = [column for column, channel in enumerate(own) if channel in set(channels)]
+        kept = tuple(own[column] for column in columns)
+        return (
+            self
+            if kept == tuple(own)
+            else replace(self, stages=(self.stages[0].only(columns), *self.stages[1:]), channels=kept)
+        )
+
     def to_json(self) -> dict[str, Any]:
-        return {"names": list(self.names), "axis": self.axis, "heads": self.heads}
+        channels = None if self.channels is None else list(self.channels)
+        return {"names": list(self.names), "axes": list(self.stages[0].axes), "heads": self.heads, "channels": channels}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> WeightView:
         """A view with its names and no tensor."""
         empty = np.zeros((plain["heads"], 0), dtype=np.int64)
-        return cls(tuple(plain["names"]), empty, plain["axis"], tuple(range(plain["heads"])))
+        stage = Stage(empty, tuple(plain.get("axes", ())), tuple(range(plain["heads"])))
+        channels = plain.get("channels")
+        return cls(tuple(plain["names"]), (stage,), channels=None if channels is None else tuple(channels))
+
+
+def met(weights: Mapping[str, WeightView]) -> dict[str, WeightView]:
+    """``weights`` with the query's and the key's factors cut to the channels that both have, so that they meet in a product."""
+    q, k = weights.get("q_weight"), weights.get("k_weight")
+    found = dict(weights)
+    if q is not None and k is not None:
+        if k.channels is not None:
+            found["q_weight"] = q.only(k.channels)
+        if q.channels is not None:
+            found["k_weight"] = k.only(q.channels)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ import torch
 from foreshock.monitors import RouterWeights, Spectra
 from foreshock.monitors.metrics import STATISTICS, metric
 from foreshock.monitors.spectra import UPDATE_RATIO
-from foreshock.records import Site, WeightView
+from foreshock.records import Site, Stage, WeightView
 
 HIDDEN, HEADS, HEAD_DIM = 48, 4, 8
 
 
 def view(parameter: torch.Tensor, groups: int, head_map: tuple[int, ...]) -> WeightView:
     index = np.arange(parameter.shape[0]).reshape(groups, -1)
-    return WeightView((f"w{id(parameter)}",), index, 0, head_map, weakref.ref(parameter))
+    return WeightView((f"w{id(parameter)}",), (Stage(index, (0,), head_map),), (weakref.ref(parameter),))
 
 
 def attention(name: str, q: torch.Tensor, k: torch.Tensor, groups: int) -> Site:
@@ -116,7 +116,7 @@ def test_a_resumed_ring_goes_on_without_a_gap_and_autograd_is_untouched() -> Non
         np.testing.assert_array_equal(left.values, right.values)
     assert q.grad is None
     assert q.requires_grad
-    assert not any(f.q.requires_grad for _, taken in second._ring for f in taken.values())
+    assert not any(x.requires_grad for _, taken in second._ring for f in taken.values() for x in f.q)
 
 
 def test_router_weights_match_brute_force() -> None:

@@ -26,19 +26,21 @@ class _Of(nn.Module):
         return self.function(self.p)
 
 
-def _grid(sizes) -> np.ndarray:
-    return np.stack([axis.reshape(-1) for axis in np.indices(sizes)], axis=1).astype(np.int64)
+def _grid(sizes) -> tuple[np.ndarray, ...]:
+    """Every element, in row-major order."""
+    return tuple(axis.reshape(-1) for axis in np.indices(sizes))
 
 
 def _brute(capture, function, *sizes: int) -> None:
     captured = capture(_Of(function, *sizes))
     expected = captured.result.detach()
     expected = (torch.view_as_real(expected) if expected.is_complex() else expected).abs()
-    trail = Pull(captured.view.parameters)(captured.output, _grid(tuple(expected.shape)))
+    trail = Pull(captured.view)(captured.output, _grid(tuple(expected.shape)))
     assert trail is not None
     assert trail.node in captured.view.parameters
-    flat = np.ravel_multi_index(tuple(trail.coordinates.T), sizes)
-    np.testing.assert_array_equal(flat, expected.reshape(-1).long().numpy())
+    numbers = expected.reshape(-1).long().numpy()
+    columns = [np.broadcast_to(column, numbers.shape) for column in trail.coordinates]
+    np.testing.assert_array_equal(np.ravel_multi_index(columns, sizes), numbers)
 
 
 RULES = {
@@ -98,6 +100,14 @@ RULES = {
     "tensor_split by name": (lambda p: p.tensor_split(sections=2, dim=1)[-1], 2, 7),
     "unbind": (lambda p: p.unbind(1)[2], 2, 3, 4),
     "unbind from the end": (lambda p: torch.unbind(p, dim=-1)[-1], 2, 3, 4),
+    "flip": (lambda p: torch.flip(p, (0, -1)), 2, 3, 4),
+    "roll": (lambda p: p.roll((1, -1), (0, 2)), 2, 3, 4),
+    "movedim": (lambda p: p.movedim((0, -1), (1, 0)), 2, 3, 4),
+    "moveaxis": (lambda p: torch.moveaxis(p, 0, -1), 2, 3, 4),
+    "unfold": (lambda p: p.unfold(1, 3, 2), 2, 7),
+    "pad along rows": (lambda p: functional.pad(p, (0, 0, 0, 2))[:3], 3, 4),
+    "pad, cut again": (lambda p: functional.pad(p, (2, 1))[..., 2:-1], 3, 4),
+    "list of positions": (lambda p: p[:, [2, 0]], 2, 3, 4),
     "copies": (lambda p: p.contiguous().clone().double().to(torch.float32), 3, 4),
     "sign": (lambda p: -p, 3, 4),
     "scaled by a number": (lambda p: (p * 2.0) / 2.0, 3, 4),
@@ -136,12 +146,12 @@ def test_a_rule_agrees_with_the_op(capture, rule: str) -> None:
         lambda p: p[torch.tensor([2, 0])],
         lambda p: p.sort(-1)[0],
         lambda p: p.cos(),
-        lambda p: torch.flip(p, (0,)),
+        lambda p: p.diagonal(),
     ],
 )
 def test_what_is_no_copy_ends_the_trail_and_says_so(capture, function) -> None:
     captured = capture(_Of(function, 3, 4))
-    pull = Pull(captured.view.parameters)
+    pull = Pull(captured.view)
     assert pull(captured.output, _grid(tuple(captured.result.shape))) is None
     assert pull.stops
 
@@ -156,10 +166,10 @@ def test_parts_of_different_parameters_are_no_trail(capture) -> None:
             return torch.cat([self.a, self.b], 1)
 
     captured = capture(Two())
-    pull = Pull(captured.view.parameters)
+    pull = Pull(captured.view)
     assert pull(captured.output, _grid((2, 6))) is None
     assert "different projections" in pull.stops[-1]
-    assert Pull(captured.view.parameters)(captured.output, _grid((2, 3))).node.name.endswith("a_")
+    assert Pull(captured.view)(captured.output, _grid((2, 3))).node.name.endswith("a_")
 
 
 # -- whole projections ---------------------------------------------------------------------------------------------------
@@ -217,7 +227,7 @@ def test_fused_projections(capture, layout: str, part: int) -> None:
     origin = _traced(capture, function, WIDTH)
     np.testing.assert_array_equal(origin.index, _channels(function, WIDTH))
     assert origin.head_map == tuple(range(H))
-    assert origin.axis == 0
+    assert origin.axes == (0,)
 
 
 def test_heads_behind_positions(capture) -> None:
@@ -319,7 +329,7 @@ def test_a_weight_that_is_used_transposed(capture) -> None:
 
     captured = capture(Transposed(), torch.randn(B, S, HIDDEN))
     origin = trace_heads(captured.view, captured.output, 1)
-    assert origin.axis == 1
+    assert origin.axes == (1,)
     np.testing.assert_array_equal(origin.index, np.arange(H * D).reshape(H, D))
 
 
