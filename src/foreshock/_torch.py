@@ -36,6 +36,13 @@ def fake_mode_of(values: list[Any]) -> Any:
     return next(value.fake_mode for value in values if isinstance(value, FakeTensor))
 
 
+def is_rehearsal(args: Sequence[Any]) -> bool:
+    """Whether a compiled graph is called with fake tensors, as where Dynamo splits a graph by DDP's buckets. Checked on 2.13."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(next((arg for arg in args if isinstance(arg, torch.Tensor)), None), FakeTensor)
+
+
 @contextlib.contextmanager
 def evaluating(values: list[Any]) -> Iterator[None]:
     """Run torch code on fake tensors as Dynamo does, also where sizes are symbolic. Checked on 2.13."""

@@ -103,6 +103,8 @@ class WatchedGraph:
         self._fail(what, error)
 
     def __call__(self, *args: Any) -> Any:
+        if _torch.is_rehearsal(args):
+            return self._rehearse(args)
         again = _torch.in_backward()  # activation checkpointing runs this forward again, and must meet the same variant
         try:
             instances = self._resolve(args)
@@ -114,6 +116,20 @@ class WatchedGraph:
         if self._rewritten is not None and self._wants_sample() and not self._broken:
             return self._sampled(self._rewritten, instances, args, again)
         return self.compile(False)(*args)
+
+    def _rehearse(self, args: Sequence[Any]) -> Any:
+        """Each variant compiled so far answers its first call with fakes, and waits for that call."""
+        result = None
+        for sampled, run in self._compiled.items():
+            if not sampled or self._rewritten is None:
+                result = run(*args)
+                continue
+            with _torch.fake_mode_of(list(args)):
+                rows = torch.empty(2 * self._rewritten.rows, device=self._device)
+                slot = torch.empty(self._rewritten.slot_size, device=self._device, requires_grad=True)
+            *outputs, _ = run(*args, rows, slot)
+            result = tuple(outputs)
+        return result
 
     def _sampled(self, rewritten: Instrumented, instances: list[Instance], args: Sequence[Any], again: bool) -> Any:
         state = _torch.random_state(self._device)
