@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from foreshock.errors import PatternError
+from foreshock.patterns.described import check_layout, check_node, check_op
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import args, argument, described, op, schema, shape, tensor, value
 from foreshock.patterns.pattern import Match, Miss, Pattern
@@ -62,10 +63,13 @@ def attention_op(
     """
     if layout not in (None, "BHSD", "BSHD"):
         raise PatternError(f"describing {name}: layout is {layout!r}; give 'BHSD', 'BSHD' or None")
-    if "::" not in name:
-        raise PatternError(f"describing {name!r}: give the op's qualified name, 'namespace::name'")
+    named = {"q": q, "k": k, "v": v, "causal": _place(causal), "scale": _place(scale), "dropout": _place(dropout)}
+    check_op(name, named, {"output": output})
 
     def match(view: GraphView, node: Node) -> Match | Miss:
+        check_node(name, node, named, {"output": output})
+        if layout is not None:
+            check_layout(name, view, described(node, q), layout)
         declared = getattr(schema(node), "arguments", ())
         order = [entry.name for entry in declared]
         operands: dict[str, int | str] = {}
@@ -80,13 +84,18 @@ def attention_op(
             operands=operands,
             out=_result(node, output),
             layout=layout,
-            causal=described(node, causal) if isinstance(causal, str) or type(causal) is int else causal,
+            causal=described(node, causal) if _place(causal) is not None else causal,
             mask=None,
-            scale=described(node, scale) if isinstance(scale, str) or type(scale) is int else scale,
+            scale=described(node, scale) if _place(scale) is not None else scale,
             dropout=described(node, dropout) if isinstance(dropout, str) else dropout,
         )
 
     return Pattern(name, frozenset({name}), match)
+
+
+def _place(given: Any) -> int | str | None:
+    """An argument's place, where the description may also be a constant: a bool is none, nor is a float."""
+    return given if isinstance(given, str) or type(given) is int else None
 
 
 def described_by_schema(view: GraphView, node: Node) -> Match | Miss:

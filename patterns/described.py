@@ -6,11 +6,14 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import Node
 
 from foreshock.errors import PatternError
-from foreshock.patterns.ops import schema
+from foreshock.patterns.graph import GraphView
+from foreshock.patterns.ops import schema, shape
+from foreshock.patterns.provenance import Origin, trace_heads
 
 
 def check_op(name: str, arguments: Mapping[str, int | str | None], results: Mapping[str, int | None]) -> None:
@@ -56,6 +59,21 @@ def check_schema(
             raise PatternError(
                 f"describing {name}: {role}={index} is beyond its {len(declared.returns)} results\n    {declared}"
             )
+
+
+def check_layout(name: str, view: GraphView, q: Any, layout: str) -> None:
+    """Raises PatternError if, by the projections, the heads of ``q`` lie on the other axis than ``layout`` says."""
+    sizes = shape(q)
+    if sizes is None or len(sizes) != 4:
+        return
+    heads = {axis: trace_heads(view, q, axis) for axis in (1, 2)}
+    found = {axis: len(np.unique(o.index, axis=0)) for axis, o in heads.items() if isinstance(o, Origin)}
+    said = layout.index("H")
+    if found.get(said) == 1 and found.get(3 - said, 1) > 1:
+        raise PatternError(
+            f"describing {name}: layout={layout!r}, but its q {list(sizes)} has {found[3 - said]} heads on axis {3 - said};"
+            f" did you mean {'BSHD' if said == 1 else 'BHSD'!r}?"
+        )
 
 
 def _registered(name: str) -> Any:

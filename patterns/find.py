@@ -14,6 +14,7 @@ from foreshock.patterns.lift import FUNCTION, lift
 from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER, last_per_weight
+from foreshock.patterns.subgraph import Subgraph
 from foreshock.patterns.unwatched import UNWATCHED
 
 BUILTIN: tuple[Pattern, ...] = (SDPA, ROUTER, *UNWATCHED)
@@ -64,11 +65,15 @@ def _in_one(
         found: Match | Miss | None = None
         for pattern in candidates:
             try:
-                found = pattern.match(view, node)
+                here = pattern.match(view, node)
+                if here and isinstance(pattern, Subgraph):
+                    results += pattern.further(view, node)
             except Exception as error:
                 errors.append((pattern.name, error))
                 continue
-            if found:
+            if here or found is None or found.quiet:
+                found = here
+            if here:
                 break
         if not candidates and _is_opaque(node):
             found = described_by_schema(view, node)

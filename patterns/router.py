@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from foreshock.errors import PatternError
+from foreshock.patterns.described import check_node, check_op
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import args, argument, described, op, shape, tensor
 from foreshock.patterns.pattern import Match, Miss, Pattern
@@ -121,12 +122,12 @@ def router_op(
     ``logits`` says which argument (position or name) is ``[..., E]``; ``indices`` which result holds the chosen experts,
     ``[..., k]``; ``scoring`` ("softmax" or "sigmoid") how probabilities come from logits.
     """
-    if "::" not in name:
-        raise PatternError(f"describing {name!r}: give the op's qualified name, 'namespace::name'")
+    check_op(name, {"logits": logits}, {"indices": indices})
     if scoring not in _SCORINGS:
         raise PatternError(f"describing {name}: scoring is {scoring!r}; give one of {', '.join(_SCORINGS)}")
 
     def match(view: GraphView, node: Node) -> Match | Miss:
+        check_node(name, node, {"logits": logits}, {"indices": indices})
         source = described(node, logits)
         chosen = next((u for u in node.users if op(u) == "getitem" and args(u)[1] == indices), None)
         sizes, picked = shape(source), shape(chosen)
