@@ -2,9 +2,10 @@
 
 What tells the latent between them from a residual stream is who reads it. Nothing lies between the two but views, casts, norms
 and gains, and a latent has no reader but this one projection: every other use of it comes back into the norm between the two,
-takes other channels (the rotary half of a joint projection), yields no tensor, or carries no gradient where the latent does (the
-indexer of a sparse attention). A stream is also added to something, or read by several projections; so is the output of a patch
-embedding before the first block.
+takes other channels (the rotary half of a joint projection), yields no tensor, carries no gradient where the latent does (the
+indexer of a sparse attention), or returns it normed from the graph, as a cache. A stream is also added to something, or read by
+several projections; so is the output of a patch embedding before the first block. Where the graph ends before that can be seen,
+the stream is returned as it was before the norm.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from foreshock.patterns.pullback import Pull
 from foreshock.patterns.trail import Trail
 
 _NEAR = 48  # nodes on which a use of the latent may come back
+_NORMING = frozenset({"mul", "rms_norm", "layer_norm"})
 _CUTS = frozenset({"split", "chunk", "tensor_split", "unbind"})
 
 
@@ -67,16 +69,21 @@ def _is_read_here_only(pull: Pull, inner: Trail, reader: Node) -> bool:
     writers = {write.node for writes in view.writes.values() for write in writes}
     used = set(np.unique(_channels(pull, inner)).tolist())
 
-    def harmless(user: Node) -> bool:
+    last_norm = max((i for i, node in enumerate(inner.path) if op(node) in _NORMING), default=len(inner.path))
+    normed = inner.path[last_norm:]
+
+    def harmless(node: Node, user: Node) -> bool:
+        if user.op == "output":
+            return node in normed
         if op(user) in _CUTS:
-            return all(piece in own or harmless(piece) for piece in user.users)
+            return all(piece in own or harmless(user, piece) for piece in user.users)
         found = tensor(user)
         if found is None:
             return isinstance(value(user), int | float | torch.dtype | torch.device | torch.Size | torch.SymInt)
         loses_gradient = getattr(tensor(made), "requires_grad", False) and not found.requires_grad
         return loses_gradient or _comes_back(user, own, writers) or not used & _others(pull, view, made, user)
 
-    return all(user in own or harmless(user) for node in (made, *inner.path) for user in node.users)
+    return all(user in own or harmless(node, user) for node in (made, *inner.path) for user in node.users)
 
 
 def _comes_back(node: Node, own: set[Node], writers: set[Node]) -> bool:
