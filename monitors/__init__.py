@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from foreshock.monitors.detectors import Limits
+from foreshock.monitors.drift import Drift
 from foreshock.monitors.finding import Detector, Finding, Monitor
 from foreshock.monitors.judge import Judge
 from foreshock.monitors.laws import BiasLaw, floor
-from foreshock.monitors.metrics import METRICS, Metric, family, metric
+from foreshock.monitors.metrics import METRICS, Metric, family, metric, register_metrics
+from foreshock.monitors.policy import Limit, Trend
 from foreshock.monitors.sinks import ConsoleSink, Sink
 from foreshock.monitors.spectra import Spectra
 from foreshock.monitors.weights import RouterWeights
+from foreshock.records import Probe, Reading
 
 __all__ = [
     "METRICS",
     "BiasLaw",
     "ConsoleSink",
     "Detector",
+    "Drift",
     "Finding",
     "Judge",
+    "Limit",
+    "Limits",
     "Metric",
     "Monitor",
+    "Probe",
+    "Reading",
     "RouterWeights",
     "Sink",
     "Spectra",
+    "Trend",
     "family",
     "floor",
     "metric",
+    "register_metrics",
 ]

@@ -26,13 +26,13 @@ def where(alarm: Alarm, sites: Mapping[str, Site]) -> str:
 
 
 def shape(site: Site) -> str:
-    """Heads, key/value heads and head dimension, or experts and top-k, in words."""
+    """Heads, key/value heads and head dimension, experts and top-k, or an own kind's facts, in words."""
     if site.kind == "router":
         grouped = f" of {site.groups} groups" if site.groups is not None and site.groups > 1 else ""
         chosen = f", top {site.top_k}" if site.top_k is not None else ""
         return f"{site.experts} experts{grouped}{chosen}"
     if site.heads is None:
-        return ""
+        return ", ".join(f"{fact} {value}" for fact, value in site.facts.items())
     values = f", values {site.value_dim}" if site.value_dim not in (None, site.head_dim) else ""
     return f"{site.heads} heads, {site.kv_heads} kv, dim {site.head_dim}{values}"
 

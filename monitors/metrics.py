@@ -167,6 +167,19 @@ _BY_NAME = {entry.name: entry for entry in METRICS}
 _SPECTRA = tuple(f"attention/{matrix}_" for matrix in ("delta2", "delta3", "dwq", "dwk"))
 
 
+def register_metrics(*metrics: Metric) -> None:
+    """Make the metrics of an own kind of site known (``norm/rms``), so that reports show them with what they mean.
+
+    Once more under the same name replaces. Raises ConfigError for a name without a kind, or one of the built-in metrics.
+    """
+    for entry in metrics:
+        if entry in METRICS or _BY_NAME.get(entry.name) in METRICS:
+            raise ConfigError(f"registering the metric {entry.name!r}: it is built in; choose another name")
+        if not all(entry.name.partition("/")) or "@" in entry.name:
+            raise ConfigError(f"registering the metric {entry.name!r}: give a kind and a name, as in 'norm/rms'")
+        _BY_NAME[entry.name] = entry
+
+
 def metric(name: str) -> Metric:
     """The entry of ``name``; a window suffix (``@50``) is ignored. Raises ConfigError with the closest names."""
     entry = _BY_NAME.get(name.partition("@")[0])
@@ -177,6 +190,7 @@ def metric(name: str) -> Metric:
 
 
 def family(name: str) -> str:
-    """Which group a metric is shown in: laws, attention, spectra, router, optim or run."""
+    """Which group a metric is shown in: laws, attention, spectra, router, optim or run; an own metric in that of its kind."""
     entry = metric(name)
-    return "spectra" if entry.name.startswith(_SPECTRA) else FAMILIES[entry.name.partition("/")[0]]
+    kind = entry.name.partition("/")[0]
+    return "spectra" if entry.name.startswith(_SPECTRA) else FAMILIES.get(kind, kind)

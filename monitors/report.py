@@ -102,6 +102,7 @@ def _tiles(run: Run, alarms: Sequence[Alarm], sites: Mapping[str, Site]) -> list
         ("recorded steps", str(len(steps))),
         ("attention sites", str(kinds.count("attention"))),
         ("routers", str(kinds.count("router"))),
+        *((f"{kind} sites", str(kinds.count(kind))) for kind in sorted({*kinds} - {"attention", "router"})),
         ("metrics", str(len(run.metrics()))),
         ("alarms", str(len(alarms))),
     ]

@@ -101,7 +101,7 @@ def families(run: Run, sites: Mapping[str, Site], alarms: Sequence[Alarm]) -> It
         panel = Panel(
             name + unit, (entry.meaning if entry else "") + more, Markup(figures.html(figure, f"curve-{number}", 290))
         )
-        grouped[metrics.family(name) if entry else "other"].append(panel)
+        grouped.setdefault(metrics.family(name) if entry else "other", []).append(panel)
     yield from ((family, panels) for family, panels in grouped.items() if panels)
 
 

@@ -122,6 +122,9 @@ class Backend:
     def _site(self, index: int, match: Match) -> SitePlan | None:
         probe = self._watch.probe_for(match.kind)
         if probe is None:
+            where = module_of(match.anchor) or match.anchor.name
+            told = f"{where}: found by `{match.pattern}`, but no probe measures sites of kind `{match.kind}`"
+            self._watch.note_unmatched(f"{told}; give one to Watch(probes=[...])")
             return None
         facts = _facts(match, self._watch.settings.rows)
         return SitePlan(index, module_of(match.anchor) or match.anchor.name, match, probe, facts)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from foreshock.config import FAMILIES
 from foreshock.errors import ForeshockError
 from foreshock.instances import Instance, Instances
 from foreshock.monitors.metrics import family
@@ -150,7 +151,7 @@ class Collector:
         if self.families is None:
             return True
         try:
-            return family(metric) in self.families
+            return family(metric) in self.families or family(metric) not in FAMILIES  # of a user's own kind of site
         except ForeshockError:
             return True  # a user's own metric belongs to no family
 
