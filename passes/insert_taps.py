@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from foreshock.layout import canonical
 from foreshock.passes.plan import Frame, Plan, Quantity, SitePlan, add, before, version
 from foreshock.passes.taps import ENTER, LEAVE, register_statistics
-from foreshock.patterns.pattern import Edge
+from foreshock.patterns.pattern import Edge, Match
 
 _PASS = "insert_taps"
 
@@ -91,6 +92,8 @@ def _tap_edges(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any]) -
     late = [role for role, node in match.roles.items() if role in edges and order.get(node, -1) > order[first]]
     width = int(match.facts["value_dim"])
     behind = [(role, "k") for role in late] + ([("out", "q")] if _leaves(site) else [])
+    for role, like in behind:
+        _check_carrier(plan, match, role, like, width)
     spec["late"] = [{"role": role, "like": like, "width": width} for role, like in behind]
     early = spec["roles"] = [role for role in spec["roles"] if role not in late]
     with before(graph, first):
@@ -111,6 +114,14 @@ def _tap_edges(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any]) -
         else:
             _replace(edges[role], left)
     return piece
+
+
+def _check_carrier(plan: Plan, match: Match, role: str, like: str, width: int) -> None:
+    """The way back through carriers needs a tensor of the same batch, heads and positions, and ``width`` channels."""
+    with plan.fake_mode:
+        late, lead = (canonical(match.roles[r].meta["example_value"], match.layout[r]) for r in (role, like))
+    if late.shape[:-1] != lead.shape[:-1] or late.shape[-1] != width:
+        raise ValueError(f"{role} {tuple(late.shape)} does not lie like {like} {tuple(lead.shape)}")
 
 
 def _enter(frame: Frame, site: SitePlan, inputs: list[Node], spec: dict[str, Any]) -> tuple[Node, list[Node]]:
