@@ -209,6 +209,108 @@ def test_sites(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "2 heads, 2 kv, dim 4" in capsys.readouterr().out
 
 
+MODELS = """
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+    def forward(self, x):
+        q, k, v = (f(x).view(2, 6, 2, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return x + scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(2, 6, 8)
+
+class Stack(nn.Module):
+    def __init__(self, count):
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(count))
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+def make(count="3"):
+    return Stack(int(count)), (torch.randn(2, 6, 8),), {}
+
+def lonely():
+    return Stack(1)
+
+def wrong():
+    return Stack(1), (torch.randn(5),)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_models", raising=False)
+
+
+@pytest.mark.usefixtures("own_models")
+def test_sites_of_a_callable_group_like_layers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "sites", "own_models:make", "--draw", "pictures") == 0
+    printed = capsys.readouterr()
+    assert "layers.{0-2}" in printed.out
+    assert "q: q.weight; k: k.weight" in printed.out
+    assert printed.out.splitlines()[-1] == "3 attention sites; 0 candidates left out; 0 graph breaks"
+    assert [path.name for path in Path("pictures").iterdir()] == ["attention-scaled-dot-product-attention.svg"]
+    assert call(monkeypatch, "sites", "--all", "own_models:make", "--", "2") == 0
+    table = capsys.readouterr().out
+    assert "layers.0" in table
+    assert "layers.1" in table
+    assert "layers.2" not in table
+
+
+@pytest.mark.usefixtures("own_models")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("own_models:nothing", "has no attribute 'nothing'"),
+        ("no_such_module:make", "No module named 'no_such_module'"),
+        ("own_models:number", "it is int, not callable"),
+        ("own_models:lonely", "return (module, args, kwargs)"),
+        ("own_models:wrong", "running the model of own_models:wrong"),
+        (".", "there is no config.json"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str, message: str
+) -> None:
+    assert call(monkeypatch, "sites", target) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("foreshock: ")]
+    assert message in line
+
+
+def test_sites_of_a_config_need_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model of 7 billion parameters is never there; its default key cache makes tensors while tracing."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(architectures=["LlamaForCausalLM"])
+    config.save_pretrained(tmp_path)
+    assert call(monkeypatch, "sites", tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "model.layers.{0-31}.self_attn" in printed
+    assert "32 heads, 32 kv, dim 128" in printed
+    assert printed.splitlines()[-1] == "32 attention sites; 0 candidates left out; 0 graph breaks"
+
+
+def test_a_config_without_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert call(monkeypatch, "sites", tmp_path / "config.json") == 2
+    assert "pip install 'foreshock[hf]'" in capsys.readouterr().err
+
+
 def test_version_and_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert call(monkeypatch, "--version") == 0
     assert capsys.readouterr().out.startswith("foreshock 0.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,8 @@ from torch import nn
 from torch._dynamo import utils
 from torch.nn.functional import scaled_dot_product_attention
 
-from foreshock import Watch, _torch
+from foreshock import Coverage, Site, SiteStatus, Watch, WeightView, _torch
+from foreshock.monitors.ledger import beside, summary, table
 from foreshock.watch import NEVER_TRAINED
 
 
@@ -185,3 +187,51 @@ def test_a_site_that_is_only_evaluated_says_so() -> None:
         with torch.no_grad():
             compiled(torch.randn(2, 6, 8))
         assert [s.notes for s in watch.coverage] == [()]
+
+
+def status(name: str, **values: Any) -> SiteStatus:
+    weight = WeightView.from_json({"names": [f"{name}.q.weight"], "axis": 0, "heads": 2})
+    laws = {"law/euler": "", "law/value_mass": values.pop("reason", ""), "law/bias": ""}
+    return SiteStatus(
+        Site(name, name, "attention", "sdpa", heads=2, kv_heads=2, head_dim=4, q_weight=weight, **values), 1, 1, laws
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ([f"h.{i}.attn" for i in range(12)], [("h.{0-11}.attn", 12)]),
+        ([f"h.{i}.attn" for i in range(0, 12, 2)], [("h.{0,2..10}.attn", 6)]),
+        (["h.0.attn", "h.1.attn", "h.5.attn"], [("h.{0,1,5}.attn", 3)]),
+        (["a.0.b.0", "a.0.b.1", "a.1.b.0", "a.1.b.1"], [("a.{0-1}.b.{0-1}", 4)]),
+        (["a.0.b.0", "a.0.b.1", "a.1.b.0"], [("a.0.b.{0-1}", 2), ("a.1.b.0", 1)]),
+        (["attn2", "attn3"], [("attn2", 1), ("attn3", 1)]),
+        (["attn", "attn"], [("attn", 2)]),
+    ],
+)
+def test_sites_that_differ_in_a_number_are_one_row(names: list[str], shown: list[tuple[str, int]]) -> None:
+    rows, _ = table([status(name) for name in names])
+    assert [(row.name, row.sites) for row in rows] == shown
+    assert {row.weights for row in rows} == {"q: q.weight"}
+    assert len(table([status(name) for name in names], every=True)[0]) == len(names)
+
+
+def test_what_differs_stays_apart_and_a_reason_is_told_once() -> None:
+    """Every second layer has a soft cap, another has a mask."""
+    found = [status(f"h.{i}", softcap=50.0 if i % 2 else None, reason="dropout") for i in range(4)]
+    rows, footnotes = table([*found, status("h.4", masked=True, reason="dropout")])
+    assert [(row.name, row.details) for row in rows] == [
+        ("h.{0,2}", "not known if causal"),
+        ("h.{1,3}", "not known if causal, softcap 50"),
+        ("h.4", "not known if causal, masked"),
+    ]
+    assert footnotes == ["value_mass not checked: dropout"]
+    assert {row.footnotes for row in rows} == {(1,)}
+    assert {row.laws for row in rows} == {"euler, bias"}
+
+
+def test_the_ledger_survives_its_json() -> None:
+    full = Coverage((status("h.0"),), ("left",), ("broke", "broke"), ("eager",), ("failed",))
+    assert Coverage.from_json(json.loads(json.dumps(full.to_json()))) == full
+    assert summary(full) == "1 attention site; 1 candidate left out; 2 graph breaks; 1 left to eager; 1 warning"
+    assert beside(full)[1] == ("Graph breaks", ["broke (2 times)"])

@@ -105,6 +105,19 @@ def compilation_records() -> Sequence[Any]:
     return get_compilation_metrics()
 
 
+@contextlib.contextmanager
+def constants_allowed() -> Iterator[None]:
+    """Let a capture on the meta device meet tensors made while tracing: there they are not made fake. Checked on 2.13."""
+    from torch._subclasses.fake_tensor import fake_tensor_tls
+
+    before = fake_tensor_tls.allow_non_fake_inputs_override
+    fake_tensor_tls.allow_non_fake_inputs_override = True
+    try:
+        yield
+    finally:
+        fake_tensor_tls.allow_non_fake_inputs_override = before
+
+
 def on_optimizer_step(hook: Callable[..., None]) -> Any:
     """Call ``hook(optimizer, args, kwargs)`` after every step of every optimizer; returns a handle with ``remove()``."""
     from torch.optim.optimizer import register_optimizer_step_post_hook

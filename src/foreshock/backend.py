@@ -64,7 +64,7 @@ class Backend:
         if watch.on_match is not None:
             for match in findings.matches:
                 watch.on_match(view, match)
-        training = torch.is_grad_enabled()
+        training = torch.is_grad_enabled() and not any(x.is_meta for x in inputs if isinstance(x, torch.Tensor))
         sites = [
             site for site in (self._site(i, match) for i, match in enumerate(findings.matches)) if site is not None
         ]

@@ -75,19 +75,45 @@ def run(
 
 
 @app.command()
-def sites(script: Script, args: ScriptArgs = None, as_json: AsJson = False) -> None:
-    """Run SCRIPT (its arguments after --) and say what was watched, what was left out, and why."""
+def sites(
+    target: Annotated[
+        str, typer.Argument(metavar="SCRIPT|MODEL", help="A script, package.module:callable, or config.json.")
+    ],
+    args: ScriptArgs = None,
+    every: Annotated[bool, typer.Option("--all", help="A row for each layer, also where they are alike.")] = False,
+    draw: Annotated[Path | None, typer.Option("--draw", metavar="DIR", help="Draw each form of site into DIR.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what would be watched, what is left out, and why.
+
+    A SCRIPT is run, with its arguments after --. A MODEL is captured, not trained: package.module:callable, where callable()
+    returns (module, args, kwargs), or a Hugging Face config.json or the folder of one, built without weights.
+
+    The exit code is the script's own, 0 for a model, 2 for a mistake in the command.
+    """
+    from foreshock.drawing import Drawings
+    from foreshock.models import is_model, survey
     from foreshock.records import Coverage
     from foreshock.run import launch
 
+    drawings = Drawings()
+    prepare = drawings.watch if draw is not None else lambda watch: None
+    code = 0
     with redirect_stdout(sys.stderr):  # what the script prints must not stand in the table
-        outcome = launch(script, args or [])
-    coverage = outcome.watch.coverage if outcome.watch is not None else Coverage(warnings=(outcome.summary()[0],))
+        if is_model(target):
+            coverage = survey(target, args or [], prepare)
+        else:
+            outcome = launch(target, args or [], prepare=prepare)
+            nothing = Coverage(warnings=(outcome.summary()[0],))
+            coverage, code = outcome.watch.coverage if outcome.watch is not None else nothing, outcome.code
     if as_json:
         _print_json(coverage.to_json())
     else:
-        _print_coverage(coverage)
-    raise typer.Exit(outcome.code)
+        _print_coverage(coverage, every)
+    if draw is not None:
+        for path in drawings.write(draw):
+            print("drawn:", path, file=sys.stderr)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -142,20 +168,25 @@ def demo(
     raise typer.Exit(run_demo(out, quick, SEED if seed is None else seed))
 
 
-def _print_coverage(coverage: Coverage) -> None:
-    from foreshock.monitors.ledger import line
+def _print_coverage(coverage: Coverage, every: bool) -> None:
+    from foreshock.monitors.ledger import beside, summary, table
 
-    columns = ("site", "kind", "shape", "weights", "evaluations", "laws", "notes")
-    rows = []
-    for words in map(line, coverage):
-        laws = [words["holding"], *(f"not {law}: {reason}" for law, reason in words["failing"])]
-        notes = "\n".join(words["notes"])
-        rows.append([words["name"], *(str(words[key]) for key in columns[1:5]), "\n".join(filter(None, laws)), notes])
-    _print_table(columns, rows)
-    for title, lines in (("left out", coverage.unmatched), ("warning", coverage.warnings)):
+    rows, footnotes = table(coverage, every=every)
+    columns = ("site", "n", "kind", "form", "shape", "logits", "weights", "runs", "laws that hold", "notes")
+    cells = [
+        (row.name, row.sites, row.kind, row.form, row.shape, row.details, row.weights, row.evaluations, row.laws,
+         " ".join(f"[{number}]" for number in row.footnotes))
+        for row in rows
+    ]  # fmt: skip
+    if rows:
+        _print_table(columns, [[str(cell) for cell in line] for line in cells])
+    for number, text in enumerate(footnotes, 1):
+        print(f"[{number}] {text}")
+    for title, lines in beside(coverage):
+        print(f"\n{title}:")
         for text in lines:
-            print(f"{title}: {text}")
-    print(f"graph breaks: {coverage.graph_breaks}")
+            print(f"  {text}")
+    print(f"\n{summary(coverage)}")
 
 
 def _print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:

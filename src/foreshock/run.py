@@ -47,10 +47,17 @@ class Outcome:
 
 
 def launch(
-    script: str, args: Sequence[str], *, run: str | None = None, every: int | None = None, strict: bool = False
+    script: str,
+    args: Sequence[str],
+    *,
+    run: str | None = None,
+    every: int | None = None,
+    strict: bool = False,
+    prepare: Callable[[Watch], None] = lambda watch: None,
 ) -> Outcome:
     """Run ``script`` with ``args``, watched by the process-wide default watch, which is closed at the end.
 
+    ``prepare(watch)`` is called before anything is captured.
     Raises ConfigError, before anything runs, for a script that does not exist or settings that are wrong. What the script
     itself raises is printed as Python would print it, and told by the exit code.
     """
@@ -60,7 +67,7 @@ def launch(
     given = {"RUN": run, "EVERY": None if every is None else str(every), "STRICT": "true" if strict else None}
     with _environment({f"{PREFIX}{key}": value for key, value in given.items() if value is not None}):
         load_settings()
-        with _watched(outcome), _arguments(script, args):
+        with _watched(outcome, prepare), _arguments(script, args):
             try:
                 runpy.run_path(script, run_name="__main__")
             except SystemExit as leaving:
@@ -76,19 +83,19 @@ def launch(
 
 
 @contextmanager
-def _watched(outcome: Outcome) -> Iterator[None]:
+def _watched(outcome: Outcome, prepare: Callable[[Watch], None]) -> Iterator[None]:
     """`torch.compile` with foreshock where inductor would be; ``Module.compile`` and the decorator go through it as well."""
     import torch
 
     plain = torch.compile
-    torch.compile = _watching(plain, outcome)
+    torch.compile = _watching(plain, outcome, prepare)
     try:
         yield
     finally:
         torch.compile = plain
 
 
-def _watching(plain: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:
+def _watching(plain: Callable[..., Any], outcome: Outcome, prepare: Callable[[Watch], None]) -> Callable[..., Any]:
     import torch
 
     import foreshock
@@ -97,7 +104,9 @@ def _watching(plain: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]
     def compile_watched(model: Any = None, **options: Any) -> Any:
         backend = options.get("backend") or torch.compiler.get_default_backend()
         if backend in ("inductor", "foreshock", foreshock.instrumented):
-            outcome.watch = outcome.watch or foreshock.default_watch()
+            if outcome.watch is None:
+                outcome.watch = foreshock.default_watch()
+                prepare(outcome.watch)
             options["backend"] = foreshock.instrumented
         else:
             outcome.left_alone.add(

@@ -359,7 +359,18 @@ def sites(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Coverage:
         raise ConfigError(
             f"looking for sites: received {type(model).__name__}; give a module and its forward arguments"
         )
+    return survey(model, args, kwargs)
+
+
+def survey(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    prepare: Callable[[Watch], None] = lambda watch: None,
+) -> Coverage:
+    """As `sites`; ``prepare(watch)`` is called before anything is captured."""
     with _Survey(settings=Settings(), inner="eager") as watch:
+        prepare(watch)
         if isinstance(model, torch.nn.Module):
             watch.bind(model)
         torch.compile(model, backend=watch.backend)(*args, **kwargs)
