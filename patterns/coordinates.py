@@ -68,7 +68,8 @@ def unflat(position: Column, sizes: Sequence[int]) -> list[Column]:
 
 def grid_of(c: Columns) -> tuple[int, ...]:
     """The grid that columns broadcast to."""
-    return np.broadcast_shapes(*(np.shape(column) for column in c))
+    shapes = {column.shape for column in c if not isinstance(column, int)}
+    return shapes.pop() if len(shapes) == 1 else np.broadcast_shapes(*shapes)
 
 
 def taken(c: Columns, grid: tuple[int, ...], rows: Positions) -> Columns:

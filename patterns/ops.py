@@ -7,6 +7,7 @@ its first argument.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -39,12 +40,15 @@ _ALIASES = {
 
 def op(node: Node) -> str:
     """The canonical name of what ``node`` does; ``"placeholder"`` and ``"output"`` for those; ``""`` if it has no name."""
-    if node.op == "call_method":
-        name = str(node.target)
-    elif node.op == "call_function":
-        name = _function_name(node)
-    else:
-        return node.op
+    if node.op == "call_method" or node.op == "call_function":
+        attribute = node.args[1] if node.target is getattr else None
+        return _canonical(node.target, str(attribute) if attribute is not None else None)
+    return node.op
+
+
+@functools.lru_cache(maxsize=4096)
+def _canonical(target: Any, attribute: str | None) -> str:
+    name = target if isinstance(target, str) else f"attr.{attribute}" if attribute else _function_name(target)
     if "::" not in name:
         name = _strip_inplace(name)
     return _ALIASES.get(name, name)
@@ -56,8 +60,7 @@ def _strip_inplace(name: str) -> str:
     return name[1:] if name in ("iadd", "isub", "imul") else "div" if name == "itruediv" else name
 
 
-def _function_name(node: Node) -> str:
-    target: Any = node.target
+def _function_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
         packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
         qualified = str(packet._qualified_op_name)
@@ -65,8 +68,6 @@ def _function_name(node: Node) -> str:
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"higher_order::{target.name()}"
     name = getattr(target, "__name__", "")
-    if name == "getattr":
-        return f"attr.{node.args[1]}"
     return (
         name
         if getattr(target, "__module__", None) in _TORCH_MODULES
@@ -120,10 +121,10 @@ def tensor(node: Any) -> torch.Tensor | None:
 
 def shape(node: Any) -> tuple[int, ...] | None:
     """Concrete sizes (hints where symbolic); a complex tensor shows its real and imaginary part as a last axis of 2."""
-    found = tensor(node)
-    if found is None:
+    found = node.meta.get("example_value") if isinstance(node, Node) else None
+    if not isinstance(found, torch.Tensor):
         return None
-    sizes = tuple(hint(size) for size in found.shape)
+    sizes = tuple([size if type(size) is int else hint(size) for size in found.shape])
     return (*sizes, 2) if found.is_complex() else sizes
 
 

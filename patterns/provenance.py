@@ -106,7 +106,7 @@ def trace_heads(view: GraphView, node: Node, axis: int) -> Origin | Untraced:
     c: list[Any] = [0, 0, 0, np.arange(sizes[3])[None, :]]
     c[3 - axis] = sizes[3 - axis] - 1
     c[axis] = np.arange(sizes[axis])[:, None]
-    return _origin(view, node, tuple(c), sizes[axis], sizes[3])
+    return trace(view, node, tuple(c), sizes[axis], sizes[3])
 
 
 def trace_features(view: GraphView, node: Node, axis: int = -1) -> Origin | Untraced:
@@ -116,14 +116,15 @@ def trace_features(view: GraphView, node: Node, axis: int = -1) -> Origin | Untr
         return Untraced(f"{node.name} is no tensor with axes")
     c: list[Any] = [0] * len(sizes)
     c[axis] = np.arange(sizes[axis])[None, :]
-    return _origin(view, node, tuple(c), 1, sizes[axis])
+    return trace(view, node, tuple(c), 1, sizes[axis])
 
 
 def _last_reader(view: GraphView, node: Node) -> Node | None:
     return max(node.users, key=lambda user: view.order[user], default=None)
 
 
-def _origin(view: GraphView, node: Node, c: Columns, heads: int, channels: int) -> Origin | Untraced:
+def trace(view: GraphView, node: Node, c: Columns, heads: int, channels: int) -> Origin | Untraced:
+    """The origin of the elements at ``c``, columns of a grid ``[heads, channels]``."""
     pull = Pull(view)
     found = pull.pieces(node, c, _last_reader(view, node))
     if isinstance(found, str):

@@ -14,6 +14,8 @@ first wins that no nonlinear function stands before.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -193,6 +195,12 @@ class Pull:
             moved = piece(source, args(node)[1], c) if isinstance(args(node)[1], int) else None
         elif name in _LINEAR or name in _NORMS or name == "_weight_norm" or (name in _BENT and not self.straight):
             moved = c
+        elif (
+            name in ("scatter", "index_fill")
+            and not isinstance(argument(node, 3, "value"), Node)
+            and "src" not in node.kwargs
+        ):
+            moved = c  # a number is stored in places
         elif name in RULES:
             moved = RULES[name](node, c)
         elif name in _CONVOLUTIONS and _is_depthwise(node):
@@ -265,7 +273,8 @@ class Pull:
             if name not in _BINARY:
                 return self._concatenated(view, node, name, c, grid)
             operands = args(node)[1:3] if name == "where" else args(node)[:2]
-            pairs = [(x, broadcast(c, shape(x) or ())) for x in operands if shape(x) is not None]
+            sizes = [(x, shape(x)) for x in operands if isinstance(x, Node)]
+            pairs = [(x, broadcast(c, own)) for x, own in sizes if own is not None]
             activations = [pair for pair in pairs if self.varies(view, pair[0])]
             if not activations:
                 return self._of_weights(view, node, name, operands, pairs, grid)
@@ -376,15 +385,18 @@ class Pull:
             dims = (tensor(tensors[0]).dim() if tensor(tensors[0]) is not None else 0) + (name == "stack")
             axis = argument(node, 1, "dim", argument(node, 1, "axis", 0)) % dims
             sizes = [1 if name == "stack" else (shape(x) or ())[axis] for x in tensors]
-        ends = np.cumsum(sizes)
-        which = np.searchsorted(ends, c[axis], side="right")
-        starts = [int(end) - size for end, size in zip(ends, sizes, strict=True)]
+        ends = list(itertools.accumulate(sizes))
+        if isinstance(c[axis], int):
+            which: Any = bisect.bisect_right(ends, c[axis])
+            met = [which]
+        else:
+            which = np.searchsorted(ends, c[axis], side="right")
+            met = np.unique(which).tolist()
 
         def of(part: int, rows: Columns) -> Columns:
-            rest = rows[axis + 1 :]
-            return (*rows[:axis], *rest) if name == "stack" else (*rows[:axis], rows[axis] - starts[part], *rest)
+            inner = () if name == "stack" else (rows[axis] - ends[part] + sizes[part],)
+            return (*rows[:axis], *inner, *rows[axis + 1 :])
 
-        met = [int(part) for part in np.unique(which)]
         if len(met) == 1:
             return (
                 (view, tensors[met[0]], node, of(met[0], c)) if tensors[met[0]] is not None else f"{node.name}: padding"
