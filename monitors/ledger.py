@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 from foreshock.records import Alarm, Coverage, Site, SiteStatus, WeightView
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a module path: the layer's index
+
+_NODE = re.compile(r"\b([a-z]\w*?)_\d+:")
 
 
 def where(alarm: Alarm, sites: Mapping[str, Site]) -> str:
@@ -40,7 +43,11 @@ def shape(site: Site) -> str:
 def details(site: Site) -> str:
     """What happens to the logits between the product and the choice or the average, in words."""
     causal = {True: "causal", False: "", None: "not known if causal" if site.kind == "attention" else ""}[site.causal]
-    scale = site.scale if site.scale is not None and site.head_dim and site.scale != site.head_dim**-0.5 else None
+    scale = (
+        site.scale
+        if site.scale is not None and site.head_dim and not math.isclose(site.scale, site.head_dim**-0.5)
+        else None
+    )
     words = (
         causal,
         "masked" if site.masked else "",
@@ -91,7 +98,16 @@ def beside(coverage: Coverage) -> list[tuple[str, list[str]]]:
         ("Left to eager", coverage.eager),
         ("Warnings", coverage.warnings),
     )
-    return [(title, [_times(text, n) for text, n in Counter(lines).items()]) for title, lines in parts if lines]
+    return [
+        (title, [_times(text, count) for text, count in Counter(map(_unnumbered, lines)).items()])
+        for title, lines in parts
+        if lines
+    ]
+
+
+def _unnumbered(text: str) -> str:
+    """``text`` without the number that a graph gives its second ``softmax`` and so on."""
+    return _NODE.sub(r"\1:", text)
 
 
 def _times(text: str, count: int) -> str:
@@ -208,4 +224,6 @@ def _remarks(status: SiteStatus) -> list[str]:
     for law, reason in status.laws.items():
         if reason:
             reasons.setdefault(reason, []).append(law.removeprefix("law/"))
-    return [f"{', '.join(laws)} not checked: {reason}" for reason, laws in reasons.items()] + list(status.notes)
+    return [f"{', '.join(laws)} not checked: {reason}" for reason, laws in reasons.items()] + [
+        _unnumbered(note) for note in status.notes
+    ]

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,6 +140,22 @@ def test_layers_behind_the_recompile_limit(caplog: pytest.LogCaptureFixture) -> 
     assert watch.coverage.graph_breaks == ()
 
 
+def test_experts_in_a_loop() -> None:
+    """The loop breaks the graph in the library's own source; the attention around it is watched, the router is named."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.MixtralConfig(
+        **sizes, num_hidden_layers=2, num_local_experts=4, vocab_size=31, experts_implementation="eager"
+    )
+    model = transformers.MixtralForCausalLM(config)
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        torch.compile(model, backend=watch.backend)(torch.ones(2, 6, dtype=torch.long)).logits.sum().backward()
+        coverage = watch.coverage
+    assert [s.site.kind for s in coverage].count("attention") == 2
+    assert any("modeling_mixtral.py" in line and ".nonzero()" in line for line in coverage.graph_breaks)
+    assert any("inside a loop" in line and "modeling_mixtral.py" in line for line in coverage.eager)
+
+
 def test_only_what_came_after_the_watch_was_made_counts() -> None:
     torch.compile(Attention(branch), backend="eager")(torch.randn(2, 6, 8))
     with Watch(inner="eager", strict=True) as watch:
@@ -235,3 +252,13 @@ def test_the_ledger_survives_its_json() -> None:
     assert Coverage.from_json(json.loads(json.dumps(full.to_json()))) == full
     assert summary(full) == "1 attention site; 1 candidate left out; 2 graph breaks; 1 left to eager; 1 warning"
     assert beside(full)[1] == ("Graph breaks", ["broke (2 times)"])
+
+
+def test_alike_but_for_the_number_of_a_node_is_alike() -> None:
+    assert beside(Coverage((), ("softmax: no (a.py:1: x)", "softmax_12: no (a.py:1: x)"))) == [
+        ("Left out", ["softmax: no (a.py:1: x) (2 times)"])
+    ]
+    noted = [replace(status(f"h.{i}"), notes=(f"getitem_{i}: lost",)) for i in range(3)]
+    rows, footnotes = table(noted)
+    assert [row.name for row in rows] == ["h.{0-2}"]
+    assert footnotes == ["getitem: lost"]
