@@ -148,3 +148,4 @@ _RULES: Mapping[str, Any] = {
     "tensordot": _tensordot,
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
 }
+CONTRACTIONS = frozenset(_RULES)

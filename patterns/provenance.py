@@ -29,6 +29,7 @@ class Link:
     parameter: Node
     gains: tuple[Node, ...]
     stage: Stage
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,11 @@ def trace(view: GraphView, node: Node, c: Columns, heads: int, channels: int) ->
     links = _chain(pull, trail, heads, len(kept))
     if isinstance(links, Untraced):
         return links
-    whole = len(kept) == channels
-    return Origin(links, trail.node, trail.path, None if whole else tuple(int(i) for i in kept), trail.notes)
+    notes = [*trail.notes, *(note for link in links for note in link.notes)]
+    if sum(heads * channels if one.where is None else len(one.where) for one in found) < heads * channels:
+        notes.append("a part of the channels was not traced, and is left out of the factors")
+    own = None if len(kept) == channels else tuple(int(channel) for channel in kept)
+    return Origin(links, trail.node, trail.path, own, tuple(dict.fromkeys(notes)))
 
 
 def _widest(found: list[Trail], heads: int, channels: int) -> tuple[Trail, Positions] | None:
@@ -207,7 +211,8 @@ def _link(pull: Pull, trail: Trail, whole: tuple[int, int]) -> tuple[Link, list[
         return Untraced(f"{trail.node.name}: which inputs its weight {weight.name} meets differs by channel")
     index = _table(flat([outputs.coordinates[a] for a in kept], [sizes[a] for a in kept]), whole)
     order = np.asarray(flat([inputs.coordinates[a] for a in read], [sizes[a] for a in read]))
-    gains = [(gain, _table(gain.index, whole)) for gain in (*outputs.gains, *trail.gains)]
+    fixed, unit, notes = _gains_of_weight(outputs, corner, math.prod(sizes[a] for a in kept))
+    gains = [(gain, _table(gain.index, whole)) for gain in (*fixed, *trail.gains)]
     of_input = [column for letter, column in values.items() if letter in met.letters[1 - side] and np.ndim(column)]
     distinct, head_map = _distinct(
         [index, *(positions for _, positions in gains), *(_table(column, whole)[:, :1] for column in of_input)]
@@ -219,9 +224,25 @@ def _link(pull: Pull, trail: Trail, whole: tuple[int, int]) -> tuple[Link, list[
         inputs=None if np.array_equal(order, np.arange(math.prod(sizes[a] for a in read))) else np.atleast_1d(order),
         gains=tuple((positions[distinct], gain.offset) for gain, positions in gains),
         factor=outputs.factor,
-        unit=outputs.unit,
+        unit=unit,
     )
-    return Link(outputs.node, tuple(gain.parameter for gain, _ in gains), stage), distinct
+    return Link(outputs.node, tuple(gain.parameter for gain, _ in gains), stage, (*outputs.notes, *notes)), distinct
+
+
+def _gains_of_weight(outputs: Trail, corner: Trail, rows: int) -> tuple[list[Gain], bool, tuple[str, ...]]:
+    """Of the gains of a weight those that belong to its output channels, whether each row is scaled to length one, and notes.
+
+    ``corner`` is the trail of the last element of the last channel: along its inputs a gain must not change.
+    """
+    kept = [
+        gain
+        for gain, there in zip(outputs.gains, corner.gains, strict=True)
+        if _end(gain.index, -1) == _end(there.index, -1)
+    ]
+    by_row = len(kept) == len(outputs.gains) and any(math.prod(shape(gain.parameter) or ()) == rows for gain in kept)
+    if len(kept) == len(outputs.gains) and (by_row or not outputs.unit):
+        return kept, outputs.unit, ()
+    return kept, False, (f"{outputs.node.name} is scaled along its inputs: the factors are without it",)
 
 
 def _end(column: Any, end: int) -> int:

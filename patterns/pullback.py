@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from foreshock.patterns.contraction import Contraction, contraction
+from foreshock.patterns.contraction import CONTRACTIONS, Contraction, contraction
 from foreshock.patterns.coordinates import RULES, Columns, broadcast, corner, flat, grid_of, number, piece, taken
 from foreshock.patterns.graph import GraphView, source_name
 from foreshock.patterns.ops import args, argument, op, shape, tensor
@@ -480,4 +480,8 @@ def _padded(node: Node, c: Columns) -> tuple[list[Node | None], int, list[int], 
 
 
 def _why(name: str) -> str:
+    if name in _CONVOLUTIONS:
+        return "a grouped convolution, or one without a parameter"
+    if name in CONTRACTIONS:
+        return f"no operand of `{name}` is a parameter"
     return "a constant" if name == "get_attr" else f"`{name}` is no copy"

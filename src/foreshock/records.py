@@ -44,7 +44,7 @@ class Stage:
     ``index[h, j]`` is the position of channel ``j`` of head ``h`` on the output axes ``axes`` of the parameter, flattened; the
     other axes are its inputs, flattened likewise, or those at ``inputs``. ``head_map`` says which of these heads each head of the
     reader meets. ``gains`` are the positions in one more parameter each, with a number added to it, that multiply a channel:
-    ``factor * (gain + offset)``. With ``unit`` each channel is divided by its norm first; ``factor`` multiplies all.
+    ``matrix * (gain + offset)``. With ``unit`` each channel is divided by its norm first; ``factor`` multiplies all.
     """
 
     index: Array  # int64 [heads, channels]
@@ -56,7 +56,7 @@ class Stage:
     unit: bool = False
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[heads, inputs, channels]``, without gains."""
+        """``[heads, inputs, channels]`` as it stands in the parameter."""
         heads, channels = self.index.shape
         inputs = [axis for axis in range(weight.dim()) if axis not in self.axes]
         rows = weight.permute(*self.axes, *inputs).flatten(len(self.axes)) if inputs else weight[..., None]
@@ -64,8 +64,6 @@ class Stage:
         rows = rows.index_select(0, torch.as_tensor(self.index.reshape(-1), device=weight.device))
         if self.inputs is not None:
             rows = rows.index_select(1, torch.as_tensor(self.inputs, device=weight.device))
-        if self.unit:
-            rows = rows / rows.norm(dim=1, keepdim=True)
         return rows.reshape(heads, channels, -1).transpose(1, 2)
 
     def gain(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
@@ -142,8 +140,11 @@ class WeightView:
         found, at = [], 0
         for stage in self.stages:
             weight, *gains = (x.detach() for x in held[at : at + 1 + len(stage.gains)])
-            gain = stage.gain(gains)
-            found.append((stage.matrix(weight), None if gain is None else gain.to(weight.device)))
+            matrix, gain = stage.matrix(weight), stage.gain(gains)
+            gain = None if gain is None else gain.to(weight.device)
+            if stage.unit:
+                gain = (1.0 if gain is None else gain) / matrix.double().norm(dim=1)
+            found.append((matrix, gain))
             at += 1 + len(gains)
         return found
 

@@ -342,7 +342,7 @@ def test_features_of_a_router(capture) -> None:
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda x: functional.conv1d(x, torch.ones(HIDDEN, HIDDEN, 1)).view(B, H, D, S).transpose(2, 3), "is no copy"),
+        (lambda x: functional.conv1d(x, torch.ones(HIDDEN, HIDDEN, 1)).view(B, H, D, S).transpose(2, 3), "without a parameter"),
         (lambda x: x.view(B, H, D, S).transpose(2, 3), "graph input"),
     ],
 )
