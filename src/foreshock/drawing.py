@@ -24,7 +24,7 @@ from foreshock.watch import Watch
 
 MOST_NODES = 120  # of a slice; beyond that only the ways between the tensors at the boundary are drawn
 COLORS: Mapping[str, str] = {
-    "q": "#3b82f6", "k": "#10b981", "v": "#a855f7", "out": "#f59e0b", "mask": "#94a3b8", "logits": "#3b82f6",
+    "q": "#3b82f6", "k": "#10b981", "v": "#a855f7", "out": "#f59e0b", "mask": "#94a3b8", "logits": "#0891b2",
     "scores": "#10b981", "indices": "#f59e0b", "values": "#f97316", "input": "#94a3b8", "weight": "#ef4444",
 }  # fmt: skip
 OTHER = "#14b8a6"
