@@ -80,7 +80,7 @@ def _registered(name: str) -> Any:
     """The schema of the only overload of a registered op."""
     namespace, _, short = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), short, None)
-    overloads = packet.overloads() if packet is not None else ()
+    overloads = list(packet.overloads()) if packet is not None else []
     return getattr(packet, overloads[0])._schema if len(overloads) == 1 else None
 
 
