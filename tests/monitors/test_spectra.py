@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,54 @@ def test_every_statistic_agrees_with_a_dense_svd(size: float, groups: int) -> No
         for name, matrix in expected.items():
             got = [found[f"attention/{name}_{statistic}"][head] for statistic in STATISTICS]
             np.testing.assert_allclose(got, dense(matrix), rtol=1e-3, atol=1e-6)
+
+
+def product(weights: list[torch.Tensor]) -> torch.Tensor:
+    """``[hidden, head dim]`` a head of ``outer [H * h, r]``, a gain ``[r]`` with one added, and ``inner [r, hidden]``."""
+    outer, gain, inner = (w.detach().double() for w in weights)
+    return (outer.reshape(HEADS, HEAD_DIM, -1) @ ((1 + gain[:, None]) * inner)).mT
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
+def test_a_chain_with_gains_agrees_with_the_dense_product(size: float) -> None:
+    """The product is never formed, and its increment is no difference of rounded numbers."""
+    rank, generator = 12, torch.Generator().manual_seed(9)
+    shapes = ((HEADS * HEAD_DIM, rank), (rank,), (rank, HIDDEN))
+    q, k = ([torch.nn.Parameter(torch.randn(s, generator=generator) / s[-1] ** 0.5) for s in shapes] for _ in "qk")
+
+    def chain(weights: list[torch.nn.Parameter]) -> WeightView:
+        outer, gain, inner = weights
+        stages = (
+            Stage(np.arange(HEADS * HEAD_DIM).reshape(HEADS, -1), (0,), tuple(range(HEADS))),
+            Stage(np.arange(rank)[None], (0,), (0,), gains=((np.arange(rank)[None], 1.0),)),
+        )
+        return WeightView(("outer", "inner", "gain"), stages, tuple(weakref.ref(w) for w in (outer, inner, gain)))
+
+    views = {"q_weight": chain(q), "k_weight": chain(k)}
+    torch.testing.assert_close(views["q_weight"].factors(), product(q).float(), rtol=1e-4, atol=1e-5)
+    site, spectra = Site("a", "a", "attention", "test", heads=HEADS, **views), Spectra(windows=(10,))
+    spectra.update(0, [site])
+    base = {role: product(w) for role, w in (("q", q), ("k", k))}
+    with torch.no_grad():
+        for weight in (*q, *k):
+            weight += size * torch.randn(weight.shape, generator=generator)
+    found = {reading.metric: reading.values for reading in spectra.update(10, [site])}
+    for head in range(HEADS):
+        (wq, dq), (wk, dk) = ((base[r][head], product(w)[head] - base[r][head]) for r, w in (("q", q), ("k", k)))
+        expected = {"delta2": dq @ wk.T + wq @ dk.T, "delta3": dq @ dk.T, "dwq": dq, "dwk": dk}
+        for name, matrix in expected.items():
+            got = [found[f"attention/{name}_{statistic}"][head] for statistic in STATISTICS]
+            np.testing.assert_allclose(got, dense(matrix), rtol=1e-6)
+
+
+def test_views_that_do_not_meet_are_left_out() -> None:
+    q, k = weights(4, seed=10)
+    site = attention("a", q, k, 4)
+    cut = replace(site, k_weight=site.k_weight.only(range(3)))
+    assert cut.k_weight.factors().shape == (HEADS, HIDDEN, 3)
+    spectra = Spectra(windows=(10,))
+    spectra.update(0, [cut])
+    assert spectra.update(10, [cut]) == []
 
 
 def test_windows_choose_their_base_and_carry_a_suffix() -> None:
