@@ -2,8 +2,8 @@
 
 ``merge`` says how samples of one step combine over microbatches and ranks: ``sum``, ``max``, ``min``, ``mean``, ``ratio`` (of
 mergeable sums) or ``none`` (read once, from weights or settings). Sources: [P] arXiv 2606.28116; [F] arXiv 2510.04212;
-[W] arXiv 2309.14322; [Z] arXiv 2303.06296; [S] arXiv 2202.08906; [B] arXiv 2408.15664; [K] Kimi K2 report; [A] the algebra
-of softmax, docs/laws.md.
+[W] arXiv 2309.14322; [Z] arXiv 2303.06296; [S] arXiv 2202.08906; [X] arXiv 2202.09368; [B] arXiv 2408.15664; [K] Kimi K2
+report; [A] the algebra of softmax, docs/laws.md.
 """
 
 from __future__ import annotations
@@ -128,6 +128,12 @@ METRICS: tuple[Metric, ...] = (
         ("load_entropy", "entropy of load", "nats", "scalar", "ratio", "[B]", "A fall is imbalance over all experts."),
         ("dead_experts", "share of experts with load below 0.1 / E", "", "scalar", "ratio", "[B]", "Experts that no longer learn."),
         ("effective_experts", "exp(load_entropy)", "", "scalar", "ratio", "[B]", "How many experts are in use."),
+        ("unserved_tokens", "share of tokens that no expert takes", "", "scalar", "mean", "[X]",
+         "Where experts choose tokens, or a threshold decides: a rise leaves more tokens to the residual stream alone."),
+        ("experts_per_token", "mean number of experts a token gets", "", "scalar", "mean", "[X]",
+         "Where it varies: the compute spent; a drift is a threshold that no longer fits the scores."),
+        ("experts_per_token_max", "largest number of experts a token gets", "", "scalar", "max", "[X]",
+         "Growth towards E is a few tokens that every expert wants."),
         ("gate_mass", "share of combine weight an expert gets", "", "experts", "sum", "[S]",
          "As load, by weight and not by count."),
         ("logit_absmax", "max |router logit|", "", "scalar", "max", "[S]", "Growth saturates the router."),

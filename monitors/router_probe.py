@@ -5,7 +5,7 @@ Shape suffixes: T tokens, E experts, K chosen experts a token. Definitions and s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -18,46 +18,51 @@ from foreshock.records import Array, Facts, Probe, Tensors
 DECADES, BINS_A_DECADE = 6, 6
 MARGIN_EDGES = np.concatenate([[0.0], np.logspace(-DECADES, 0, DECADES * BINS_A_DECADE + 1)])
 
+# Scores of one expert at a time; with any other scoring the routing distribution is the softmax of the logits.
+_SQUASHES: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softplus": torch.nn.functional.softplus,
+    "sqrtsoftplus": lambda x: torch.nn.functional.softplus(x).sqrt(),
+}
+
 
 def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
     """Sums over tokens."""
-    experts, top_k = facts["experts"], facts["top_k"]
-    logits_TE = tensors["logits"].reshape(-1, experts).float()
-    scores_TE = tensors["scores"].reshape(-1, experts).float()
-    chosen_TK = tensors["indices"].reshape(-1, top_k)
-    ones_T = torch.ones_like(logits_TE[:, 0])
+    experts, axes = facts["experts"], facts.get("axes", {})
+    logits_TE = _by_expert(tensors["logits"], axes.get("logits", -1), experts).float()
+    scores_TE = _by_expert(tensors["scores"], axes.get("scores", -1), experts).float()
     lse_T = torch.logsumexp(logits_TE, -1)
-    if facts["scoring"] == "sigmoid":
-        mass_TE = logits_TE.sigmoid()
+    if facts["scoring"] in _SQUASHES:
+        mass_TE = _SQUASHES[facts["scoring"]](logits_TE)
         p_TE = mass_TE / mass_TE.sum(-1, keepdim=True)
         entropy_T = -(torch.special.xlogy(p_TE, p_TE)).sum(-1)
     else:
         p_TE = (logits_TE - lse_T.unsqueeze(-1)).exp()
         entropy_T = lse_T - (p_TE * logits_TE).sum(-1)
-    gates_TK = p_TE.gather(-1, chosen_TK)
-    gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
-    nobody_E = torch.zeros_like(logits_TE[0])
+    chosen_TK = _indices(facts, tensors)
+    if chosen_TK is not None:
+        assigned, gated = _at(chosen_TK, p_TE)
+        taken_TE = torch.zeros_like(scores_TE).scatter(-1, chosen_TK, 1.0) > 0
+    else:
+        taken_TE = _taken(facts, tensors)
+        assigned = taken_TE.float().sum(0)
+        gates_TE = torch.where(taken_TE, p_TE, 0.0)
+        total_T1 = gates_TE.sum(-1, keepdim=True)
+        gated = torch.where(taken_TE, gates_TE / total_T1, 0.0).sum(0)
     found = {
-        "tokens": ones_T.sum(),
+        "tokens": torch.ones_like(lse_T).sum(),
         "entropy": entropy_T.sum(),
-        "load": nobody_E.scatter_add(0, chosen_TK.reshape(-1), torch.ones_like(gates_TK).reshape(-1)),
-        "gate_mass": nobody_E.scatter_add(0, chosen_TK.reshape(-1), gates_TK.reshape(-1)),
+        "load": assigned,
+        "gate_mass": gated,
         "z": lse_T.square().sum(),
         "logit_absmax": logits_TE.abs().amax(),
         "nonfinite": (~torch.isfinite(logits_TE)).sum().float(),
     }
-    if top_k < experts:
-        taken_TE = torch.zeros_like(scores_TE).scatter(-1, chosen_TK, 1.0) > 0
-        worst_in = torch.where(taken_TE, scores_TE, float("inf")).amin(-1)
-        best_out = torch.where(taken_TE, float("-inf"), scores_TE).amax(-1)
-        margin_T = worst_in - best_out
-        bins = DECADES * BINS_A_DECADE
-        position = (margin_T.clamp(min=1e-30).log10() + DECADES) * BINS_A_DECADE
-        bin_T = position.nan_to_num().floor().clamp(-1, bins - 1).long() + 1
-        known_T = torch.isfinite(margin_T).float()  # a mask may leave no expert to lose against
-        counts = torch.zeros(bins + 1, device=logits_TE.device).scatter_add(0, bin_T, known_T)
-        margin = torch.where(known_T > 0, margin_T, 0.0).sum()
-        found |= {"margin": margin, "margin_tokens": known_T.sum(), "margin_bins": counts}
+    if chosen_TK is None:
+        given_T = taken_TE.sum(-1)
+        found |= {"unserved": (given_T == 0).sum().float(), "given_max": given_T.amax().float()}
+    if facts.get("selection") != "tokens" and facts["top_k"] != experts:
+        found |= _margins(scores_TE, taken_TE)
     if "input" in tensors:
         x = tensors["input"].float()
         found |= {
@@ -66,6 +71,56 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
             "calls": torch.ones_like(x.amax()),
         }
     return found
+
+
+def _by_expert(x: Tensor, axis: int, experts: int) -> Tensor:
+    """``[T, E]`` of a tensor whose experts lie along ``axis``."""
+    return x.movedim(axis, -1).reshape(-1, experts)
+
+
+def _indices(facts: Facts, tensors: Tensors) -> Tensor | None:
+    """``[T, K]``: the experts of each token; None where their number varies."""
+    if "indices" not in tensors or facts.get("selection") == "tokens":
+        return None
+    axis, dims = facts.get("axes", {}).get("chosen", -1), tensors["scores"].dim()
+    every = [x for role, x in tensors.items() if role.startswith("indices")]
+    dropped = facts.get("selection") == "argmax"
+    along = [x.unsqueeze(axis) if dropped and x.dim() < dims else x for x in every]
+    return torch.cat([x.movedim(axis, -1).reshape(-1, x.shape[axis]) for x in along], -1)
+
+
+def _at(chosen_TK: Tensor, p_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Assignments and share of the combine weights, by expert."""
+    gates_TK = p_TE.gather(-1, chosen_TK)
+    gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
+    nobody_E, each = torch.zeros_like(p_TE[0]), chosen_TK.reshape(-1)
+    load = nobody_E.scatter_add(0, each, torch.ones_like(gates_TK).reshape(-1))
+    return load, nobody_E.scatter_add(0, each, gates_TK.reshape(-1))
+
+
+def _taken(facts: Facts, tensors: Tensors) -> Tensor:
+    """``[T, E]``: whether a token goes to an expert, where tokens go to varying numbers of experts."""
+    axes, experts = facts.get("axes", {}), facts["experts"]
+    if "chosen" in tensors:
+        taken_TE = _by_expert(tensors["chosen"], axes.get("scores", -1), experts)
+        return ~taken_TE if facts.get("inverted") else taken_TE
+    scores = tensors["scores"]
+    picked = torch.zeros_like(scores, dtype=torch.bool).scatter(axes["chosen"], tensors["indices"], True)
+    return _by_expert(picked, axes["scores"], experts)
+
+
+def _margins(scores_TE: Tensor, taken_TE: Tensor) -> dict[str, Tensor]:
+    """By how much the last expert taken won against the first one left out."""
+    worst_in = torch.where(taken_TE, scores_TE, float("inf")).amin(-1)
+    best_out = torch.where(taken_TE, float("-inf"), scores_TE).amax(-1)
+    margin_T = worst_in - best_out
+    bins = DECADES * BINS_A_DECADE
+    position = (margin_T.clamp(min=1e-30).log10() + DECADES) * BINS_A_DECADE
+    bin_T = position.nan_to_num().floor().clamp(-1, bins - 1).long() + 1
+    known_T = torch.isfinite(margin_T).float()  # a mask may leave no expert to lose against
+    counts = torch.zeros(bins + 1, device=scores_TE.device).scatter_add(0, bin_T, known_T)
+    margin = torch.where(known_T > 0, margin_T, 0.0).sum()
+    return {"margin": margin, "margin_tokens": known_T.sum(), "margin_bins": counts}
 
 
 def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
@@ -105,6 +160,10 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
                 "router/logit_absmax": q["logit_absmax"],
                 "router/nonfinite": q["nonfinite"],
             }
+            if "unserved" in q:
+                found["router/unserved_tokens"] = q["unserved"] / tokens
+                found["router/experts_per_token"] = one(q["load"].sum() / tokens)
+                found["router/experts_per_token_max"] = q["given_max"]
             if "margin" in q:
                 found["router/margin"] = q["margin"] / q["margin_tokens"]
                 for name, share in (("p1", 0.01), ("p10", 0.10)):
@@ -124,5 +183,5 @@ ROUTER = Probe(
     forward=forward,
     finish=finish,
     backward=backward,
-    maxima=frozenset({"logit_absmax", "input_absmax"}),
+    maxima=frozenset({"logit_absmax", "input_absmax", "given_max"}),
 )

@@ -13,7 +13,7 @@ from foreshock.patterns.graph import GraphView, body_of
 from foreshock.patterns.lift import FUNCTION, lift
 from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
-from foreshock.patterns.router import ROUTER, last_per_weight
+from foreshock.patterns.router import ROUTER, decisions
 from foreshock.patterns.subgraph import Subgraph
 from foreshock.patterns.unwatched import UNWATCHED
 
@@ -81,12 +81,7 @@ def _in_one(
             found = _closed(node, table)
         if found is not None:
             results.append(found)
-    matches = [result for result in results if isinstance(result, Match)]
-    misses = [result for result in results if isinstance(result, Miss) and not result.quiet]
-    routers = last_per_weight([match for match in matches if match.kind == "router" and "logits" in match.roles])
-    kept = [match for match in matches if match.kind != "router" or "logits" not in match.roles or match in routers]
-    of_routers = _on_the_way_to(routers, view) if misses and routers else set()
-    return [*kept, *(miss for miss in misses if miss.anchor not in of_routers)]
+    return decisions(results, view)
 
 
 def _outside(region: GraphView, result: Match | Miss) -> Match | Miss:
@@ -108,16 +103,6 @@ def _closed(node: Node, table: Mapping[str, list[Pattern]]) -> Miss:
     inside = sorted({op(inner) for body in bodies for inner in body.graph.nodes if op(inner) in table})
     name = op(node).removeprefix("higher_order::")
     return Miss(node, f"{', '.join(inside)} inside `{name}`, which is not followed", quiet=not inside)
-
-
-def _on_the_way_to(routers: Iterable[Match], view: GraphView) -> set[Node]:
-    """Selections between a router's logits and its choice belong to it. Masks may be written in place: order counts, not flow."""
-    return {
-        node
-        for router in routers
-        for node in view.forward_slice(router.roles["logits"])
-        if view.order[node] < view.order[router.anchor]
-    }
 
 
 def _is_opaque(node: Node) -> bool:

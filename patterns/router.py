@@ -1,117 +1,349 @@
-"""Mixture-of-experts routers: scores over experts, a top-k over them, and experts that use the choice."""
+"""Mixture-of-experts routers: scores over experts, one row of a weight each, a choice among them, and experts that use the choice.
+
+Any op that chooses along an axis is an anchor. Its scores must come from a projection with one output row an expert; what becomes
+of the choice tells a router from a metric, a codebook or a sparse activation (`foreshock.patterns.dispatch`). Several choices may
+belong to one router (groups first, the second best after the best): `decisions` joins them.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
 
 from foreshock.errors import PatternError
+from foreshock.patterns.coordinates import number
 from foreshock.patterns.described import check_node, check_op
+from foreshock.patterns.dispatch import SCORINGS, Fate, fate
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import args, argument, described, op, shape, tensor
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.provenance import Origin, Untraced, trace_features, weight_view
-from foreshock.patterns.pullback import projection_weight
+from foreshock.patterns.pullback import Pull
+from foreshock.patterns.selection import SELECTIONS, Selection, selections
 
-_SCORINGS = ("softmax", "sigmoid")
-# What experts do with the choice; a metric only compares, averages and returns it.
-_DISPATCH = frozenset(
-    {
-        "mul",
-        "matmul",
-        "baddbmm",
-        "einsum",
-        "scatter",
-        "scatter_add",
-        "gather",
-        "one_hot",
-        "index_select",
-        "index_add",
-        "embedding",
-    }
-)
+_NEAR = 256  # nodes between a router's logits and its choice
+_TOKENS_NEAR = 16  # steps from a projection back to the tokens it reads
+_VIEWS = frozenset({"cast", "identity", "reshape", "transpose", "permute", "t", "mT", "dropout", "getitem"})
+_PLAIN = _VIEWS | {"mul", "div", "tanh", "add", "clamp"}  # leave the logits what they are; so does a softcap
+_NORMS = frozenset({"mul", "div", "rms_norm", "layer_norm", "normalize"})
+_DESCRIBED = ("softmax", "sigmoid")
 
 
-def _match_topk(view: GraphView, node: Node) -> Match | Miss:
-    scores = argument(node, 0, "input")
-    sizes = shape(scores)
-    top_k, axis = argument(node, 1, "k"), argument(node, 2, "dim", -1)
-    if sizes is None or not isinstance(top_k, int):
-        return Miss(node, "its k is not a constant", quiet=True)
-    if axis % len(sizes) != len(sizes) - 1:
-        return Miss(node, f"selects over axis {axis}, not over the last axis where experts are")
-    experts = sizes[-1]
-    if experts < 2:
+@dataclass(frozen=True)
+class _Scores:
+    """Where the scores of a selection come from, and along which axis its experts lie."""
+
+    origin: Origin
+    axis: int
+    by_tokens: bool
+
+
+def _match(view: GraphView, node: Node) -> Match | Miss:
+    found = selections(node)
+    if isinstance(found, str):
+        return Miss(node, found, quiet=not found)
+    reason = Miss(node, "", quiet=True)
+    for selection in found:
+        result = _router(view, selection)
+        if result:
+            return result
+        reason = result if isinstance(result, Miss) else reason
+    return reason
+
+
+def _router(view: GraphView, selection: Selection) -> Match | Miss:
+    node, quiet = selection.node, selection.kind == "threshold"
+    if selection.size < 2 and selection.kind != "threshold":
         return Miss(node, "fewer than two experts", quiet=True)
-    values, indices = (next((u for u in node.users if op(u) == "getitem" and args(u)[1] == i), None) for i in (0, 1))
-    if indices is None:
-        return Miss(node, "the chosen indices are not used")
-    reason = _not_dispatch(view, node, indices)
+    scores = _scores(view, selection)
+    if isinstance(scores, str):
+        return Miss(node, scores, quiet=quiet or not scores)
+    origin, experts = scores.origin, (shape(selection.scores) or ())[scores.axis]
+    if selection.kind == "topk" and selection.top_k == selection.size:
+        return Miss(node, f"takes all of its {selection.size} scores: nothing is chosen")
+    path = [step for step in origin.path if step.graph is view.graph]
+    start = origin.projection if origin.projection.graph is view.graph else path[0] if path else selection.scores
+    tokens = math.prod(shape(selection.scores) or ()) // experts
+    seen = fate(view, start, node, selection.chosen, tokens, frozenset(origin.sources))
+    reason = _tokens_unused(seen, experts) if scores.by_tokens else _unused(view, seen, origin)
     if reason:
-        return Miss(node, reason)
-    origin = trace_features(view, scores)
+        return Miss(node, reason, quiet=quiet or seen.echoed)
+    return _described(view, selection, scores, path, start, seen)
+
+
+def _scores(view: GraphView, selection: Selection) -> _Scores | str:
+    """The axis of experts is that along which each score comes from a row of its own."""
+    sizes = shape(selection.scores) or ()
+    origin = trace_features(view, selection.scores, selection.axis)
     if isinstance(origin, Untraced):
-        return Miss(node, f"its scores lead to no weight: {origin.reason}")
-    if origin.index.size != experts or len(set(origin.index.reshape(-1).tolist())) != experts:
-        return Miss(node, f"its {experts} scores are not one row of a weight each")
-    logits = _logits(origin, scores)
-    scoring = next((op(step) for step in origin.path if op(step) in _SCORINGS), None)
-    if scoring is None:
-        after = view.forward_slice(values) if values is not None else set()
-        scoring = next((name for name in _SCORINGS if any(op(user) == name for user in after)), "none")
-    weight = weight_view(view, origin)
-    roles = {"logits": logits, "scores": scores, "indices": indices}
-    source = (
-        args(origin.projection)[0] if projection_weight(origin.projection) is not args(origin.projection)[0] else None
-    )
-    if isinstance(source, Node) and tensor(source) is not None and op(origin.projection) != "addmm":
+        return f"its scores lead to no weight: {origin.reason}"
+    if any(_joins_tokens(step) for step in origin.path):
+        return "its scores join those of several projections, as an auxiliary loss does"
+    if _rows(origin) == selection.size and selection.size > 1:
+        return _Scores(origin, selection.axis, False)
+    others = [a for a in range(len(sizes)) if a != selection.axis and sizes[a] > 1]
+    for axis in others if _rows(origin) == 1 else ():
+        other = trace_features(view, selection.scores, axis)
+        if isinstance(other, Origin) and _rows(other) == sizes[axis]:
+            return _Scores(other, axis, selection.kind != "threshold")
+    if _rows(origin) == 1:
+        return "one score a token: it chooses among tokens, not among experts"
+    return f"its {selection.size} scores are not one row of a weight each"
+
+
+def _rows(origin: Origin) -> int:
+    """How many rows of the weight the elements come from; 0 where some come from elsewhere."""
+    return len(set(origin.index.reshape(-1).tolist())) if origin.channels is None else 0
+
+
+def _joins_tokens(step: Node) -> bool:
+    axes = len(shape(step) or (0,))
+    return op(step) == "stack" or (op(step) == "cat" and argument(step, 1, "dim", 0) % axes != axes - 1)
+
+
+def _unused(view: GraphView, seen: Fate, origin: Origin) -> str:
+    """Why a choice among experts is not a router's, or ""."""
+    if seen.drawn:
+        return "its choice is drawn from at random: sampling"
+    if seen.tokens or seen.experts or (seen.leaves and seen.weights_leave and _tokens_leave(view, origin)):
+        return ""
+    if seen.compared:
+        return "nothing is dispatched by its choice, which is only compared: a metric"
+    if seen.dense:
+        return "what it chooses goes straight into a dense layer: a sparse activation or a codebook, no experts"
+    return "nothing is dispatched by its choice"
+
+
+def _tokens_unused(seen: Fate, experts: int) -> str:
+    if seen.tokens and (seen.experts or len(seen.pieces) >= experts):
+        return ""
+    return f"chooses among tokens by {experts} scores, and nothing has weights for each of them"
+
+
+def _tokens_leave(view: GraphView, origin: Origin) -> bool:
+    """Whether experts in another graph could read what the router reads: a graph break stands between them."""
+    node, size = _input(view, origin), -1
+    for _ in range(_TOKENS_NEAR):
+        if node is None or math.prod(shape(node) or (0,)) != (
+            size := math.prod(shape(node) or (0,)) if size < 0 else size
+        ):
+            return False
+        if node.op == "placeholder" or any(user.op == "output" for user in node.users):
+            return True
+        if op(node) not in _VIEWS and op(node) not in _NORMS:
+            return False
+        sources = [x for x in node.all_input_nodes if math.prod(shape(x) or (0,)) == size]
+        node = sources[0] if sources else None
+    return False
+
+
+def _input(view: GraphView, origin: Origin) -> Node | None:
+    """What the projection reads, if it stands in this graph."""
+    product = Pull(view).projection(view, origin.projection) if origin.projection.graph is view.graph else None
+    return None if product is None else product[0].operands[1 - product[1]]
+
+
+def _described(
+    view: GraphView, selection: Selection, scores: _Scores, path: Sequence[Node], start: Node, seen: Fate
+) -> Match:
+    origin, sizes = scores.origin, shape(selection.scores) or ()
+    experts = sizes[scores.axis]
+    at = next((i for i, step in enumerate(path) if _scoring(step, path[i:])), len(path))
+    logits = _logits(view, path[:at], start)
+    word = f"{selection.kind} over tokens" if scores.by_tokens else selection.kind
+    after = seen.scoring or seen.beside
+    if at < len(path):
+        scoring = _scoring(path[at], path[at:])
+        pattern = f"{scoring} > {word}"
+    else:
+        scoring = _scoring(after, _users(after)) if after is not None else ""
+        pattern = f"{word} > {scoring}" if scoring else word
+    roles = {"logits": logits, "scores": selection.scores}
+    roles["chosen" if selection.kind == "threshold" else "indices"] = selection.chosen
+    source = _input(view, origin)
+    if source is not None:
         roles["input"] = source
+    facts: dict[str, Any] = {
+        "experts": experts,
+        "top_k": _threshold_of(selection) if selection.kind == "threshold" else selection.top_k,
+        "scoring": scoring or "none",
+        "selection": "tokens" if scores.by_tokens else selection.kind,
+        "biased": _biased(view, path[path.index(logits) + 1 :] if logits in path else path, experts),
+        "dtype": str(getattr(tensor(logits), "dtype", "float32")).removeprefix("torch."),
+    }
+    axes = {"logits": _axis(view, logits, experts), "scores": scores.axis, "chosen": selection.axis}
+    if any(axis != len(shape(roles.get(role, selection.scores)) or ()) - 1 for role, axis in axes.items()):
+        facts["axes"] = axes
+    if selection.inverted:
+        facts["inverted"] = True
+    weight = weight_view(view, origin)
     return Match(
         kind="router",
-        pattern=f"{scoring} > topk" if scoring in [op(step) for step in origin.path] else f"topk > {scoring}",
-        anchor=indices,
+        pattern=pattern,
+        anchor=selection.chosen,
         roles=roles,
         tapped="logits",
-        facts={
-            "experts": experts,
-            "top_k": top_k,
-            "scoring": scoring,
-            "dtype": str(getattr(tensor(logits), "dtype", "float32")).removeprefix("torch."),
-        },
+        facts=facts,
         weights={"weight": weight} if weight is not None else {},
         sources={"weight": origin.sources},
     )
 
 
-def _logits(origin: Origin, scores: Node) -> Any:
-    """What enters the scoring function; without one, what enters the selection. ``path`` runs from projection to scores."""
-    for step in origin.path:
-        if op(step) in _SCORINGS and isinstance(args(step)[0], Node):
-            return args(step)[0]
-    return scores
+def _scoring(node: Node, following: Sequence[Node]) -> str:
+    """The name of a scoring function that begins at ``node``, or ""."""
+    later = [op(step) for step in following]
+    if op(node) == "softplus" and "sqrt" in later:
+        return "sqrtsoftplus"
+    if op(node) == "exp":
+        return "softmax" if "div" in later else ""
+    return SCORINGS.get(op(node), "")
 
 
-def _not_dispatch(view: GraphView, node: Node, indices: Node) -> str:
-    after = view.forward_slice(node)
-    if all(op(user) in ("getitem", "output", "identity", "cast", "reshape") for user in after):
-        return ""  # the choice leaves this frame: a graph break stands between router and experts
-    if any(op(user) == "multinomial" for user in after):
-        return "its choice is drawn from at random: sampling"
-    if any(_dispatches(node, user) for user in view.forward_slice(indices)):
-        return ""
-    return "nothing is dispatched by its choice"
+def _users(node: Node | None) -> list[Node]:
+    return [user for user in node.users for user in (user, *user.users)] if node is not None else []
 
 
-def _dispatches(node: Node, user: Node) -> bool:
-    """Whether experts may stand behind ``user``. A metric also multiplies, by numbers and masks, but learns nothing from it."""
-    name = op(user)
-    if name == "mul" and getattr(tensor(argument(node, 0, "input")), "requires_grad", False):
-        return bool(getattr(tensor(user), "requires_grad", False))
-    return name in _DISPATCH or "grouped_mm" in name
+def _logits(view: GraphView, path: Sequence[Node], start: Node) -> Node:
+    """How far ``path`` leaves the projection's output what it is: before masks, noise and biases that only move the choice."""
+    logits = start
+    for step in path:
+        if op(step) not in _PLAIN or tensor(step) is None:
+            break
+        others = [x for x in step.all_input_nodes if x is not logits and tensor(x) is not None]
+        if op(step) == "add" and (
+            not all(Pull(view).is_weight(view, x, step) for x in others) or _has_other_use(logits, step)
+        ):
+            break
+        if op(step) in ("mul", "div") and any(Pull(view).varies(view, x) for x in others):
+            break
+        logits = step
+    return logits
 
 
-ROUTER = Pattern("router", frozenset({"topk"}), _match_topk)
+def _has_other_use(node: Node, step: Node) -> bool:
+    """Whether ``node``, or what it is a view of, is read by more than ``step``."""
+    while True:
+        if any(user is not step and (tensor(user) is not None or user.op == "output") for user in node.users):
+            return True
+        if op(node) not in _VIEWS or not isinstance(args(node)[0], Node):
+            return False
+        node, step = args(node)[0], node
+
+
+def _biased(view: GraphView, path: Sequence[Node], experts: int) -> bool:
+    """Whether one number an expert is added on ``path`` that no token made, and what it is added to is used without it."""
+    for step in path:
+        summands = [x for x in step.all_input_nodes if tensor(x) is not None] if op(step) in ("add", "sub") else []
+        fixed = [x for x in summands if math.prod(shape(x) or ()) == experts and _is_given(view, x)]
+        if fixed and any(_has_other_use(x, step) for x in summands if x not in fixed):
+            return True
+    return False
+
+
+def _is_given(view: GraphView, node: Node) -> bool:
+    """Whether ``node`` is a parameter, a buffer, a constant or an input of the graph as it is."""
+    while op(node) in _VIEWS and isinstance(args(node)[0], Node):
+        node = args(node)[0]
+    return node.op == "placeholder" or not Pull(view).varies(view, node)
+
+
+def _axis(view: GraphView, node: Node, experts: int) -> int:
+    """The axis of ``node`` along which experts lie."""
+    sizes = shape(node) or ()
+    for axis in reversed(range(len(sizes))):
+        if sizes[axis] == experts:
+            origin = trace_features(view, node, axis)
+            if isinstance(origin, Origin) and _rows(origin) == experts:
+                return axis
+    return len(sizes) - 1
+
+
+def _threshold_of(selection: Selection) -> int | None:
+    """k, where the threshold is the k-th score."""
+    others = [x for x in selection.node.all_input_nodes if x is not selection.scores]
+    for _ in range(4):
+        for x in others:
+            if op(x) == "topk":
+                return number(argument(x, 1, "k"))
+        others = [args(x)[0] for x in others if op(x) in _VIEWS and isinstance(args(x)[0], Node)]
+    return None
+
+
+ROUTER = Pattern("router", SELECTIONS, _match)
+
+
+def decisions(found: Iterable[Match | Miss], view: GraphView) -> list[Match | Miss]:
+    """One match a router. Several choices may belong to it: the last is the decision, and what led to it is no near-miss.
+
+    Of groups, their number becomes a fact; a best expert and a second best after it are chosen together.
+    """
+    results = [result for result in found if isinstance(result, Match) or not result.quiet]
+    kept: dict[Node, Match] = {}
+    passed: set[Node] = set()
+    for match in results:
+        if not isinstance(match, Match) or match.kind != "router" or "logits" not in match.roles:
+            continue
+        before = _between(view, match)
+        passed |= before
+        logits = match.roles["logits"]
+        while op(logits) in ("cast", "identity", "reshape") and isinstance(args(logits)[0], Node):
+            logits = args(logits)[0]
+        earlier = kept.get(logits)
+        if earlier and match.facts.get("selection") == "threshold" != earlier.facts.get("selection"):
+            continue
+        kept[logits] = _with_groups(_joined(earlier, match) if earlier and earlier.anchor in before else match, before)
+    routers = {match.anchor: match for match in kept.values()}
+    last = [
+        routers.pop(result.anchor, None) if _is_router(result) else result
+        for result in results
+        if isinstance(result, Match) or result.anchor not in passed
+    ]
+    return [result for result in last if result is not None]
+
+
+def _is_router(result: Match | Miss) -> bool:
+    return isinstance(result, Match) and result.kind == "router" and "logits" in result.roles
+
+
+def _between(view: GraphView, match: Match) -> set[Node]:
+    """What the choice is made from, back to the logits."""
+    first = view.order[match.roles["logits"]]
+    found: set[Node] = set()
+    queue = [match.anchor]
+    while queue and len(found) < _NEAR:
+        for source in view.dataflow.predecessors(queue.pop()):
+            if source not in found and view.order[source] > first:
+                found.add(source)
+                queue.append(source)
+    return found
+
+
+def _joined(earlier: Match, match: Match) -> Match:
+    """``match``, or both where each takes one expert."""
+    if {earlier.facts.get("selection"), match.facts.get("selection")} != {"argmax"}:
+        return match
+    together = earlier.facts["top_k"] + 1
+    roles = {**earlier.roles, f"indices_{together}": match.roles["indices"]}
+    return replace(earlier, anchor=match.anchor, roles=roles, facts={**earlier.facts, "top_k": together})
+
+
+def _with_groups(match: Match, before: set[Node]) -> Match:
+    """With the number of groups, where one score a group was chosen from on the way."""
+    scores = math.prod(shape(match.roles["scores"]) or ())
+    experts = int(match.facts["experts"])
+    for node in before:
+        groups = (
+            (shape(args(node)[0]) or (0,))[-1] if op(node) in ("topk", "argmax", "max", "sort") and args(node) else 0
+        )
+        if not 0 < groups < experts or experts % groups:
+            continue
+        if math.prod(shape(args(node)[0]) or ()) * (experts // groups) == scores:
+            return replace(match, facts={**match.facts, "groups": groups})
+    return match
 
 
 def router_op(
@@ -123,8 +355,8 @@ def router_op(
     ``[..., k]``; ``scoring`` ("softmax" or "sigmoid") how probabilities come from logits.
     """
     check_op(name, {"logits": logits}, {"indices": indices})
-    if scoring not in _SCORINGS:
-        raise PatternError(f"describing {name}: scoring is {scoring!r}; give one of {', '.join(_SCORINGS)}")
+    if scoring not in _DESCRIBED:
+        raise PatternError(f"describing {name}: scoring is {scoring!r}; give one of {', '.join(_DESCRIBED)}")
 
     def match(view: GraphView, node: Node) -> Match | Miss:
         check_node(name, node, {"logits": logits}, {"indices": indices})
@@ -146,6 +378,7 @@ def router_op(
                 "experts": sizes[-1],
                 "top_k": top_k or picked[-1],
                 "scoring": scoring,
+                "selection": "topk",
                 "dtype": str(getattr(tensor(source), "dtype", "float32")).removeprefix("torch."),
             },
             weights={"weight": weight} if weight is not None else {},
@@ -154,11 +387,3 @@ def router_op(
         )
 
     return Pattern(name, frozenset({name}), match)
-
-
-def last_per_weight(matches: list[Match]) -> list[Match]:
-    """Several selections may belong to one router: the last over its experts is the decision."""
-    kept: dict[Node, Match] = {}
-    for match in matches:
-        kept[match.roles["logits"]] = match
-    return list(kept.values())

@@ -100,7 +100,7 @@ def _write(node: Node, target: Any) -> Write:
     assert region is not None
     if op(node) == "setitem":
         return _setitem(node, region)
-    if op(node) == "copy":
+    if op(node) in ("copy", "::set_"):
         return Write(node, region, args(node)[1])
     if op(node) in ("fill", "zero"):
         return Write(node, region, None)

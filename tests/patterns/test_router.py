@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from foreshock.errors import PatternError
-from foreshock.patterns import router_op
+from foreshock.patterns import find, router_op
 from foreshock.patterns.ops import op
 
 T, HIDDEN, E, K = 12, 16, 6, 2
@@ -76,32 +76,153 @@ def _groups(logits):
     return scores.gather(1, chosen), chosen
 
 
+def _one_group(logits):
+    """DeepSeek's again, where all experts are in one group: the choice of groups is emitted all the same."""
+    scores = logits.sigmoid()
+    moved = scores + BIAS
+    best = moved.view(-1, 1, E).topk(2, dim=-1)[0].sum(-1)
+    group = torch.topk(best, k=1, dim=-1, sorted=False)[1]
+    mask = torch.zeros_like(best).scatter_(1, group, 1).unsqueeze(-1).expand(-1, 1, E).reshape(-1, E)
+    _, chosen = moved.masked_fill(~mask.bool(), 0.0).topk(K, dim=-1)
+    return scores.gather(1, chosen), chosen
+
+
+def _best_of_groups(logits):
+    """DeepSeek-V2's: a group is as good as its best expert."""
+    scores = logits.softmax(-1)
+    group = scores.view(-1, 3, E // 3).max(dim=-1).values.topk(2, dim=-1, sorted=False)[1]
+    mask = torch.zeros(T, 3).scatter_(1, group, 1).unsqueeze(-1).expand(-1, 3, E // 3).reshape(-1, E)
+    return scores.masked_fill(~mask.bool(), 0.0).topk(K, dim=-1)
+
+
+def _softmax_bias(logits):
+    scores = logits.softmax(-1)
+    chosen = (scores + BIAS).topk(K)[1]
+    return scores.gather(-1, chosen), chosen
+
+
+def _bias_then_softmax(logits):
+    chosen = (logits + BIAS).topk(K)[1]
+    return logits.gather(-1, chosen).softmax(-1), chosen
+
+
+def _softcap_sigmoid(logits):
+    return (torch.tanh(logits / 30) * 30).sigmoid().topk(K)
+
+
+def _sqrt_softplus(logits):
+    scores = functional.softplus(logits).sqrt()
+    chosen = (scores + BIAS).topk(K)[1]
+    return scores.gather(-1, chosen), chosen
+
+
+def _noisy(logits):
+    noisy = logits + torch.randn_like(logits) * 0.1
+    values, chosen = noisy.topk(K + 1)
+    return values[:, :K].softmax(-1), chosen[:, :K]
+
+
+def _by_hand(logits):
+    powers = (logits - logits.max(-1, keepdim=True)[0]).exp()
+    return (powers / powers.sum(-1, keepdim=True)).topk(K)
+
+
+def _scatter_sigmoid(logits):
+    """Llama 4's."""
+    values, chosen = logits.topk(K)
+    scores = torch.full_like(logits, float("-inf")).scatter(1, chosen, values).sigmoid()
+    return scores.gather(1, chosen), chosen
+
+
+def _sorted(logits):
+    values, order = logits.softmax(-1).sort(dim=-1, descending=True)
+    return values[:, :K], order[:, :K]
+
+
+def _argsorted(logits):
+    probabilities = logits.softmax(-1)
+    chosen = probabilities.argsort(dim=-1)[..., -K:]
+    return probabilities.gather(-1, chosen), chosen
+
+
+def _argmax(logits):
+    """Switch's."""
+    probabilities = logits.softmax(-1)
+    chosen = probabilities.argmax(-1)
+    return probabilities.max(-1, keepdim=True)[0], chosen.unsqueeze(-1)
+
+
+def _max(logits):
+    weights, chosen = logits.softmax(-1).max(-1, keepdim=True)
+    return weights, chosen
+
+
+def _two_argmaxes(logits):
+    probabilities = logits.softmax(-1)
+    first = probabilities.argmax(-1)
+    second = logits.masked_fill(functional.one_hot(first, E).bool(), float("-inf")).argmax(-1)
+    chosen = torch.stack([first, second], -1)
+    return probabilities.gather(-1, chosen), chosen
+
+
+def _sparsemixer(logits):
+    """PhiMoE's: two maxima, each after what is far below the best was masked out, the second after the first."""
+    best, _ = logits.max(-1, keepdim=True)
+    gates = logits.masked_fill((best - logits) / logits.abs().clamp(min=best) > 0.02, float("-inf"))
+    first = (gates - torch.empty_like(gates).exponential_().log()).max(-1)[1].unsqueeze(-1)
+    one = gates.softmax(-1).gather(-1, first)
+    rest = logits.scatter(-1, first, float("-inf"))
+    best, _ = rest.max(-1, keepdim=True)
+    gates = rest.masked_fill((best - rest) / logits.abs().clamp(min=best) > 0.02, float("-inf"))
+    second = gates.max(-1)[1].unsqueeze(-1)
+    two = gates.softmax(-1).gather(-1, second)
+    return torch.cat([one, two], -1), torch.cat([first, second], -1)
+
+
+# name: the choice, its scoring, and facts that are not a plain top-k's
 ROUTES = {
-    "softmax > topk": (_softmax_topk, "softmax"),
-    "softmax > topk, renormalised": (_softmax_topk_renormalised, "softmax"),
-    "sigmoid > topk": (_sigmoid_topk, "sigmoid"),
-    "sigmoid > topk, with a bias": (_sigmoid_bias_topk, "sigmoid"),
-    "topk > softmax": (_topk_softmax, "softmax"),
-    "topk > sigmoid": (_topk_sigmoid, "sigmoid"),
-    "sigmoid > topk, in groups": (_groups, "sigmoid"),
+    "softmax > topk": (_softmax_topk, "softmax", {}),
+    "softmax > topk, renormalised": (_softmax_topk_renormalised, "softmax", {}),
+    "softmax > topk, with a bias": (_softmax_bias, "softmax", {"biased": True}),
+    "softmax > topk, by hand": (_by_hand, "softmax", {}),
+    "softmax > topk, the best of a group": (_best_of_groups, "softmax", {"groups": 3}),
+    "sigmoid > topk": (_sigmoid_topk, "sigmoid", {}),
+    "sigmoid > topk, softcapped": (_softcap_sigmoid, "sigmoid", {}),
+    "sigmoid > topk, with a bias": (_sigmoid_bias_topk, "sigmoid", {"biased": True}),
+    "sigmoid > topk, in groups": (_groups, "sigmoid", {"biased": True, "groups": 3}),
+    "sigmoid > topk, in one group": (_one_group, "sigmoid", {"biased": True, "groups": 1}),
+    "sqrtsoftplus > topk": (_sqrt_softplus, "sqrtsoftplus", {"biased": True}),
+    "topk > softmax": (_topk_softmax, "softmax", {}),
+    "topk > softmax, with a bias": (_bias_then_softmax, "softmax", {"biased": True}),
+    "topk > softmax, noisy": (_noisy, "softmax", {}),
+    "topk > sigmoid": (_topk_sigmoid, "sigmoid", {}),
+    "topk > sigmoid, scattered": (_scatter_sigmoid, "sigmoid", {}),
+    "softmax > sort": (_sorted, "softmax", {"selection": "sort"}),
+    "softmax > sort, backwards": (_argsorted, "softmax", {"selection": "sort"}),
+    "softmax > argmax": (_argmax, "softmax", {"selection": "argmax", "top_k": 1}),
+    "softmax > argmax, max": (_max, "softmax", {"selection": "argmax", "top_k": 1}),
+    "softmax > argmax, twice": (_two_argmaxes, "softmax", {"selection": "argmax"}),
+    "argmax > softmax": (_sparsemixer, "softmax", {"selection": "argmax"}),
 }
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_router_is_one_site(capture, route: str, bias: bool) -> None:
-    choose, scoring = ROUTES[route]
-    match = capture(Experts(choose, bias), _x()).match
+    choose, scoring, facts = ROUTES[route]
+    captured = capture(Experts(choose, bias), _x())
+    match = captured.match
     assert match.kind == "router"
     assert match.pattern == route.partition(",")[0]
-    assert match.facts.items() >= {"experts": E, "top_k": K, "scoring": scoring}.items()
+    usual = {"experts": E, "top_k": K, "scoring": scoring, "selection": "topk", "biased": False}
+    assert match.facts.items() >= {**usual, **facts}.items()
+    assert captured.reasons == []
     view = match.weights["weight"]
     assert (view.names, view.index.tolist()) == (("gate.weight",), [list(range(E))])
-    assert {role: op(node) for role, node in match.roles.items() if role in ("logits", "indices", "input")} == {
-        "logits": "linear",
-        "indices": "getitem",
-        "input": "placeholder",
-    }
+    assert op(match.roles["logits"]) == ("mul" if "softcapped" in route else "linear")
+    assert op(match.roles["input"]) == "placeholder"
+    chosen = [node.meta["example_value"] for role, node in match.roles.items() if role.startswith("indices")]
+    assert sum(x.shape[-1] if x.dim() == 2 else 1 for x in chosen) == match.facts["top_k"]
     assert match.roles["scores"].meta["example_value"].shape == (T, E)
     assert match.tapped == "logits"
 
@@ -146,116 +267,210 @@ def test_two_selections_on_the_same_logits_are_one_router(capture) -> None:
     assert captured.match.facts["top_k"] == K
 
 
-class Head(nn.Module):
-    """A language-model head, and a selection over its vocabulary."""
+def test_transposed_logits(capture) -> None:
+    class Transposed(Experts):
+        def forward(self, x_TD):
+            weights_KT, chosen_KT = (self.gate.weight @ x_TD.T).softmax(0).topk(K, dim=0)
+            combine_ET = torch.zeros(E, x_TD.shape[0]).scatter(0, chosen_KT, weights_KT)
+            return torch.einsum("et,td,edf->tf", combine_ET, x_TD, self.w)
 
-    def __init__(self, select) -> None:
-        super().__init__()
-        self.head = nn.Linear(HIDDEN, 32, bias=False)
-        self.select = select
-
-    def forward(self, x):
-        return self.select(self.head(x))
-
-
-def _accuracy(logits):
-    chosen = logits.topk(5)[1]
-    return (chosen == torch.arange(T).unsqueeze(-1)).any(-1).float().mean()
+    match = capture(Transposed(None), _x()).match
+    assert match.facts.items() >= {"experts": E, "top_k": K, "axes": {"logits": 0, "scores": 0, "chosen": 0}}.items()
+    assert match.weights["weight"].names == ("gate.weight",)
 
 
-def _accuracy_in_percent(logits):
-    chosen = logits.topk(5)[1]
-    return (chosen == torch.arange(T).unsqueeze(-1)).float().sum() * (100.0 / T)
+@pytest.mark.parametrize("batched", [False, True])
+def test_experts_that_choose_tokens(capture, batched: bool) -> None:
+    """Expert choice, arXiv 2202.09368: each expert takes the tokens that score it highest."""
 
-
-def _accuracy_masked(logits):
-    chosen = logits.softmax(-1).topk(5)[1]
-    hit = (chosen == torch.arange(T).unsqueeze(-1)).any(-1)
-    valid = torch.arange(T) > 2
-    return (hit.float() * valid).sum() / valid.sum()
-
-
-def _sampled(logits):
-    values, _ = torch.topk(logits, 5)
-    return logits.masked_fill(logits < values[:, -1:], float("-inf")).softmax(-1)
-
-
-def _sampled_by_index(logits):
-    values, chosen = logits.topk(5)
-    return chosen.gather(-1, torch.multinomial(values.softmax(-1), 1))
-
-
-def _loss_of_top(logits):
-    return logits.topk(5)[0].mean()
-
-
-@pytest.mark.parametrize(
-    "select", [_accuracy, _accuracy_in_percent, _accuracy_masked, _sampled, _sampled_by_index, _loss_of_top]
-)
-def test_a_selection_over_a_vocabulary_is_no_router(capture, select) -> None:
-    captured = capture(Head(select), _x())
-    assert captured.findings.matches == ()
-    assert captured.findings.misses
-
-
-def test_a_vocabulary_choice_beside_a_router_is_not_taken_for_it(capture) -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.experts, self.head = Experts(_softmax_topk), nn.Linear(HIDDEN, 32)
-
+    class ExpertChoice(Experts):
         def forward(self, x):
-            logits = self.head(self.experts(x))
-            return logits, _accuracy(logits)
+            scores = self.gate(x).softmax(-1)
+            weights, tokens = scores.transpose(-1, -2).topk(3, dim=-1)
+            if batched:
+                taken = x.unsqueeze(1).expand(-1, E, -1, -1).gather(2, tokens.unsqueeze(-1).expand(-1, -1, -1, HIDDEN))
+                return torch.einsum("becd,edf->becf", taken, self.w) * weights.unsqueeze(-1)
+            y = torch.bmm(x[tokens.reshape(-1)].view(E, 3, HIDDEN), self.w) * weights.unsqueeze(-1)
+            return torch.zeros_like(x).index_add(0, tokens.reshape(-1), y.reshape(-1, HIDDEN))
 
-    captured = capture(Both(), _x())
-    assert captured.match.weights["weight"].names == ("experts.gate.weight",)
-    assert captured.reasons == ["nothing is dispatched by its choice"]
+    match = capture(ExpertChoice(None), torch.randn(2, 5, HIDDEN) if batched else _x()).match
+    axes = {"logits": 1 + batched, "scores": int(batched), "chosen": 1 + batched}
+    assert match.pattern == "softmax > topk over tokens"
+    assert match.facts.items() >= {"experts": E, "top_k": 3, "selection": "tokens", "axes": axes}.items()
 
 
-def test_tokens_chosen_by_experts_are_another_axis(capture) -> None:
-    class ExpertChoice(nn.Module):
+def test_tokens_taken_by_one_expert_after_another(capture) -> None:
+    class Loop(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.gate = nn.Linear(HIDDEN, E)
+            self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(E))
 
         def forward(self, x):
             weights, tokens = self.gate(x).softmax(-1).topk(3, dim=0)
-            return (x[tokens] * weights.unsqueeze(-1)).sum()
+            y = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                y = y.index_add(0, tokens[:, e], expert(x[tokens[:, e]]) * weights[:, e, None])
+            return y
 
-    captured = capture(ExpertChoice(), _x())
-    assert captured.findings.matches == ()
-    assert "axis 0" in captured.reasons[0]
-
-
-def test_nearest_neighbours_have_no_weight(capture) -> None:
-    class Neighbours(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Linear(HIDDEN, HIDDEN)
-
-        def forward(self, x):
-            y = self.embed(x)
-            weights, near = (y @ y.T).softmax(-1).topk(3)
-            return (functional.embedding(near, x) * weights.unsqueeze(-1)).sum(1)
-
-    captured = capture(Neighbours(), _x())
-    assert captured.findings.matches == ()
-    assert "no weight" in captured.reasons[0]
+    assert capture(Loop(), _x()).match.facts["selection"] == "tokens"
 
 
-def test_values_alone_are_no_choice(capture) -> None:
-    class Chosen(nn.Module):
+@pytest.mark.parametrize("below", [False, True])
+def test_a_threshold_chooses_a_varying_number(capture, below: bool) -> None:
+    class Threshold(Experts):
+        def forward(self, x_TD):
+            scores_TE = self.gate(x_TD).sigmoid()
+            taken_TE = ~(scores_TE < 0.5) if below else scores_TE > 0.5
+            return torch.einsum("te,td,edf->tf", scores_TE * taken_TE, x_TD, self.w)
+
+    captured = capture(Threshold(None), _x())
+    match = captured.match
+    assert (match.pattern, match.facts["selection"], match.facts["top_k"]) == ("sigmoid > threshold", "threshold", None)
+    assert match.facts.get("inverted", False) == below
+    assert op(match.roles["chosen"]) == ("lt" if below else "gt")
+
+
+def test_the_kth_score_as_a_threshold(capture) -> None:
+    class Kth(Experts):
+        def forward(self, x_TD):
+            scores_TE = self.gate(x_TD).softmax(-1)
+            kept_TE = torch.where(scores_TE >= scores_TE.topk(K)[0][:, -1:], scores_TE, 0.0)
+            return torch.einsum("te,td,edf->tf", kept_TE, x_TD, self.w)
+
+    captured = capture(Kth(None), _x())
+    assert captured.match.facts.items() >= {"selection": "threshold", "top_k": K}.items()
+    assert captured.reasons == []
+
+
+def test_capacity_and_one_hot_dispatch(capture) -> None:
+    """Two experts a token as DeepSpeed and fairseq write it: two argmaxes, places by cumsum, products with one-hot masks."""
+
+    class Capacity(Experts):
+        def forward(self, x_TD):
+            logits = self.gate(x_TD).float()
+            gates = functional.softmax(logits, dim=1)
+            first = torch.argmax(gates, dim=1)
+            mask1 = functional.one_hot(first, num_classes=E)
+            noisy = logits - torch.empty_like(logits).exponential_().log()
+            second = torch.argmax(noisy.masked_fill(mask1.bool(), float("-inf")), dim=1)
+            mask2 = functional.one_hot(second, num_classes=E)
+            place1 = torch.cumsum(mask1, dim=0) - 1
+            place2 = torch.cumsum(mask2, dim=0) - 1 + torch.sum(mask1, dim=0, keepdim=True)
+            balance = torch.mean(torch.mean(gates, dim=0) * torch.mean(mask1.float(), dim=0)) * E * E
+            combine = 0.0
+            for mask, place in ((mask1, place1), (mask2, place2)):
+                mask = mask * torch.lt(place, 8)
+                where = functional.one_hot(torch.sum(place * mask, dim=1), num_classes=8).float()
+                kept = torch.einsum("s,se->se", torch.einsum("se,se->s", gates, mask.float()), mask.float())
+                combine = combine + torch.einsum("se,sc->sec", kept, where)
+            taken = torch.einsum("sec,sm->ecm", combine.bool().type_as(x_TD), x_TD)
+            return torch.einsum("sec,ecm->sm", combine, torch.bmm(taken, self.w)), balance
+
+    captured = capture(Capacity(None), _x())
+    assert (
+        captured.match.facts.items() >= {"experts": E, "top_k": 2, "selection": "argmax", "scoring": "softmax"}.items()
+    )
+    assert captured.match.roles.keys() >= {"indices", "indices_2"}
+    assert captured.reasons == []
+
+
+def test_a_loop_over_dense_experts(capture) -> None:
+    class Loop(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.gate = nn.Linear(HIDDEN, E)
+            self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(E))
 
         def forward(self, x):
-            return self.gate(x).topk(1)[0] * 2
+            weights, chosen = self.gate(x).softmax(-1).topk(K)
+            y = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                y = y + expert(x) * (weights * (chosen == e)).sum(-1, keepdim=True)
+            return y
 
-    captured = capture(Chosen(), _x())
-    assert captured.findings.matches == ()
-    assert captured.reasons == ["the chosen indices are not used"]
+    assert capture(Loop(), _x()).match.facts["experts"] == E
+
+
+def test_experts_of_one_vector_looked_up(capture) -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(HIDDEN, E)
+            self.down, self.up = nn.Embedding(E, HIDDEN), nn.Embedding(E, HIDDEN)
+
+        def forward(self, x):
+            weights, chosen = self.gate(x).softmax(-1).topk(K)
+            hidden = torch.einsum("td,tkd->tk", x, self.down(chosen)).relu() * weights
+            return torch.einsum("tk,tkd->td", hidden, self.up(chosen))
+
+    assert capture(Lookup(), _x()).match.facts["top_k"] == K
+
+
+def test_experts_that_do_nothing_count(capture) -> None:
+    """LongCat's zero experts: rows of the router beyond the experts with weights."""
+
+    class Zero(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(HIDDEN, E + 2)
+            self.w = nn.Parameter(torch.randn(E, HIDDEN, HIDDEN))
+
+        def forward(self, x):
+            weights, chosen = self.gate(x).softmax(-1).topk(K)
+            combine = torch.zeros(T, E + 2).scatter(-1, chosen, weights)
+            return torch.einsum("te,td,edf->tf", combine[:, :E], x, self.w) + combine[:, E:].sum(-1, keepdim=True) * x
+
+    assert capture(Zero(), _x()).match.facts["experts"] == E + 2
+
+
+def test_two_routers_of_one_projection_stay_two(capture) -> None:
+    class Fused(Experts):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.gate = nn.Linear(HIDDEN, 2 * E)
+
+        def forward(self, x_TD):
+            y = x_TD
+            for logits in self.gate(x_TD).chunk(2, -1):
+                weights, chosen = logits.softmax(-1).topk(K)
+                y = y + torch.einsum("te,td,edf->tf", torch.zeros(T, E).scatter(-1, chosen, weights), x_TD, self.w)
+            return y
+
+    matches = capture(Fused(), _x()).findings.matches
+    assert [match.weights["weight"].index.tolist() for match in matches] == [[list(range(E))], [list(range(E, 2 * E))]]
+
+
+def test_logits_are_followed_no_further_than_needed(capture) -> None:
+    """Matching a model twice as deep takes about twice the nodes looked at, not four times."""
+
+    class Deep(nn.Module):
+        def __init__(self, layers: int) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Experts(_groups) for _ in range(layers))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    seen = []
+    for layers in (8, 16):
+        captured = capture(Deep(layers), _x())
+        assert len(captured.findings.matches) == layers
+        flow = captured.view.dataflow
+        asked = 0
+        whole = flow.predecessors
+
+        def counted(node, whole=whole):
+            nonlocal asked
+            asked += 1
+            return whole(node)
+
+        flow.predecessors = counted
+        find(captured.view)
+        seen.append(asked)
+    assert seen[1] < 2.5 * seen[0]
 
 
 # -- opaque kernels ------------------------------------------------------------------------------------------------------
