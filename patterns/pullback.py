@@ -17,6 +17,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,9 +26,8 @@ import numpy as np
 from torch.fx import Node
 
 from foreshock.patterns.contraction import CONTRACTIONS, Contraction, contraction
-from foreshock.patterns.coordinates import RULES, Columns, axes, broadcast, corner, flat, grid_of, number, piece, taken
-from foreshock.patterns.crossing import Step, caller, cut, inside, is_buffer, outside
-from foreshock.patterns.graph import GraphView
+from foreshock.patterns.coordinates import RULES, Columns, broadcast, corner, flat, grid_of, number, piece, taken
+from foreshock.patterns.graph import GraphView, source_name
 from foreshock.patterns.ops import args, argument, op, shape, tensor
 from foreshock.patterns.trail import Found, Gain, Trail, along, each, scaled, united
 from foreshock.patterns.writes import Write
@@ -51,6 +51,8 @@ _NORMS = {  # where the gain stands, and the axis it runs along (None: the last 
 }
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _DEEPEST = 100  # sums and joins within each other on one trail: a longer one is a residual stream's
+
+Step = tuple[GraphView, Node, Node | None, Columns]  # the next node, in which graph, who reads it, and which elements
 
 
 @dataclass(eq=False)
@@ -130,9 +132,9 @@ class Pull:
             known = self._memory.varying[view] = set()
             for inner in view.graph.nodes:
                 if inner.op == "placeholder":
-                    where, outer = outside(view, inner)
+                    where, outer = _outside(view, inner)
                     if where is view:
-                        changes = tensor(inner) is not None and inner not in view.parameters and not is_buffer(inner)
+                        changes = tensor(inner) is not None and inner not in view.parameters and not _is_buffer(inner)
                     else:
                         changes = self.varies(where, outer)
                 else:
@@ -159,12 +161,12 @@ class Pull:
             if writes:
                 return along(self._overlaid(view, node, c, grid, writes), path)
             if node.op == "placeholder":
-                where, outer = outside(view, node)
+                where, outer = _outside(view, node)
                 if outer in self.root.parameters:
                     return along([Trail(outer, c, self.root)], path)
                 if where is view or not isinstance(outer, Node):
-                    return cut(node)
-                view, node, reader = where, outer, caller(view, where)
+                    return _cut(node)
+                view, node, reader = where, outer, _caller(view, where)
                 continue
             if (view, node) in self._memory.dead:
                 return self._memory.dead[view, node]
@@ -188,7 +190,7 @@ class Pull:
             moved = None if shape(first) is None else broadcast(c, shape(first) or ())
         elif name == "getitem" and isinstance(first, Node) and shape(first) is None:
             if first in view.children:
-                return inside(view.children[first], first, args(node)[1], c)
+                return _inside(view.children[first], first, args(node)[1], c)
             first, source = argument(first, 0, "input"), first
             moved = piece(source, args(node)[1], c) if isinstance(args(node)[1], int) else None
         elif name in _LINEAR or name in _NORMS or name == "_weight_norm" or (name in _BENT and not self.straight):
@@ -258,10 +260,8 @@ class Pull:
         trail = self._read(view, gain, node, at, grid)
         if isinstance(trail, str) or trail[0].where is not None or trail[0].node not in self.root.parameters:
             return found
-        (one,) = trail
-        index = np.asarray(flat(one.coordinates, shape(one.node) or ()))
-        found = each(found, lambda t: replace(t, factor=t.factor * one.factor))
-        return scaled(found, Gain(one.node, index, one.offset / one.factor), grid)
+        index = np.asarray(flat(trail[0].coordinates, shape(trail[0].node) or ()))
+        return scaled(found, Gain(trail[0].node, index, trail[0].offset), grid)
 
     # -- several operands ------------------------------------------------------------------------------------------------
 
@@ -333,7 +333,7 @@ class Pull:
             if isinstance(swapped, list):
                 found, left_out = swapped, found[0].node
         note = f"a second projection, {left_out.name}, is added: the factors are of the first alone"
-        return noted(found, note) if adds else found
+        return each(found, lambda trail: replace(trail, notes=(*trail.notes, note))) if adds else found
 
     def _inputs(self, trail: Trail) -> int:
         """How many inputs a projection sums over."""
@@ -364,16 +364,14 @@ class Pull:
                 found = self._scaled(view, node, found, other, there, grid)
             elif name in ("mul", "div") or isinstance(lead, Trail):
                 note = f"the weight meets {other.name} in {node.name}: the factors are without it"
-                found = noted(found, note)
+                found = each(found, lambda trail, note=note: replace(trail, notes=(*trail.notes, note)))
         n = next((x for x in operands if isinstance(x, int | float) and not isinstance(x, bool)), None)
         if n is None:
             return found
         if name in ("add", "sub"):
-            sign = -1.0 if name == "sub" and operands[0] is not x else 1.0
-            by, shift = sign, n if name == "add" else -n * sign
-        else:
-            by, shift = n if name == "mul" else 1 / n if name == "div" and operands[0] is x and n else 1.0, 0.0
-        return each(found, lambda trail: replace(trail, factor=trail.factor * by, offset=trail.offset * by + shift))
+            return each(found, lambda trail: replace(trail, offset=trail.offset + (n if name == "add" else -n)))
+        by = n if name == "mul" else 1 / n if name == "div" and operands[0] is x and n else 1.0
+        return each(found, lambda trail: replace(trail, factor=trail.factor * by))
 
     def _concatenated(self, view: GraphView, node: Node, name: str, c: Columns, grid: tuple[int, ...]) -> Step | Found:
         """cat, stack and pad: elements from several tensors."""
@@ -385,7 +383,7 @@ class Pull:
                 tensors = [x for x in tensors if len(shape(x) or ()) == len(c)]
             if not tensors:
                 return f"{node.name}: joins nothing that is followed"
-            dims = axes(tensors[0]) + (name == "stack")
+            dims = (tensor(tensors[0]).dim() if tensor(tensors[0]) is not None else 0) + (name == "stack")
             axis = argument(node, 1, "dim", argument(node, 1, "axis", 0)) % dims
             sizes = [1 if name == "stack" else (shape(x) or ())[axis] for x in tensors]
         ends = list(itertools.accumulate(sizes))
@@ -413,6 +411,48 @@ class Pull:
                 found = self._read(view, source, node, of(part, taken(c, grid, rows)), (len(rows),))
             parts.append((rows, found))
         return united(grid, parts)
+
+
+def _outside(view: GraphView, node: Node) -> tuple[GraphView, Any]:
+    """What a body's placeholder is in the graph that calls it, or further out; ``node`` itself in the outermost graph."""
+    found = view.source(node)
+    while isinstance(found, Node) and view.parent is not None and found.graph is not view.graph:
+        view = view.parent
+    return view, found
+
+
+def _caller(view: GraphView, outer: GraphView) -> Node | None:
+    """The call in ``outer`` inside which ``view`` lies."""
+    call = view.call
+    while view.parent is not None and view is not outer:
+        view, call = view.parent, view.call
+    return call
+
+
+def _inside(child: GraphView, call: Node, index: Any, c: Columns) -> Step | str:
+    """Result ``index`` of a call, as its body returns it."""
+    end = next(iter(reversed(child.graph.nodes)))
+    results: Any = end.args[0]
+    if op(call) == "higher_order::autograd_function_apply":
+        results = results[0]
+    results = results if isinstance(results, list | tuple) else (results,)
+    found = results[index] if isinstance(index, int) and index < len(results) else None
+    return (child, found, end, c) if isinstance(found, Node) else f"{call.name}: its result {index} is no tensor"
+
+
+def _cut(node: Node) -> str:
+    """Why a trail ends at a graph input."""
+    if _is_buffer(node):
+        return f"{node.name}: a buffer"
+    places = (
+        re.search(r"torch_dynamo_resume_in_(\w+)_at_(\d+)", n.meta.get("stack_trace") or "") for n in node.graph.nodes
+    )
+    resumed = next((f", resumed in {place[1]} at line {place[2]}" for place in places if place), "")
+    return f"{node.name}: a graph input (the trail was cut by a graph break{resumed}): {source_name(node) or node.name}"
+
+
+def _is_buffer(node: Node) -> bool:
+    return "._buffers[" in source_name(node)
 
 
 def _is_depthwise(node: Node) -> bool:
