@@ -16,6 +16,8 @@ from foreshock.layout import canonical
 from foreshock.records import Array, Facts, Probe, Tensors
 
 SEQUENCES = 4  # sampled sequences a call: rows of one sequence are correlated, copies of all keys are not free
+_ROLES = ("q", "k", "v", "out")
+_HIDDEN = 9e3  # in logits as they were computed: a key so far below the row's largest, or below zero, is masked (by -1e4 or more)
 
 
 def _heads_first(facts: Facts, tensors: Tensors) -> dict[str, Tensor]:
@@ -28,15 +30,19 @@ def _nonfinite(*tensors: Tensor) -> Tensor:
 
 
 def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
-    """Sums over batch and positions, a head each; sampled rows where causality, mask and scale are known."""
+    """Sums over batch and positions, a head each; sampled rows where logits are at hand, or causality, mask and scale are known.
+
+    Roles are q, k, v and, where they have tensors of their own, out, logits (``[B, H, S, T]`` as they enter the softmax) and mask.
+    """
     t = _heads_first(facts, tensors)
     found: dict[str, Tensor] = {}
-    for role in ("q", "k", "v", "out"):
+    present = [role for role in _ROLES if role in t]
+    for role in present:
         x = t[role].float()
         found[f"{role}_mean_square"] = x.square().mean((0, 2, 3))
         found[f"{role}_absmax"] = x.abs().amax((0, 2, 3))
     found["calls"] = torch.ones_like(found["q_absmax"][:1])
-    found["nonfinite"] = _nonfinite(t["q"], t["k"], t["v"], t["out"])
+    found["nonfinite"] = _nonfinite(*(t[role] for role in present))
     if facts["rows"]:
         found.update(_sampled_rows(facts, t, rows))
     return found
@@ -44,22 +50,39 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
 
 def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
     q_BHSh, k_BGTh, v_BGTv = t["q"], t["k"], t["v"]
-    batch, heads, queries, _ = q_BHSh.shape
+    heads, queries = q_BHSh.shape[1], q_BHSh.shape[2]
     groups, keys = k_BGTh.shape[1], k_BGTh.shape[2]
+    batch = t["out"].shape[0] if "out" in t else q_BHSh.shape[0]
     sequences = min(SEQUENCES, batch, facts["rows"]) if isinstance(batch, int) else 1
     each = facts["rows"] // sequences
     b_N = (rows[facts["rows"] : facts["rows"] + sequences] * batch).long().clamp(max=batch - 1)
     strata = torch.arange(each, device=rows.device) + rows[: sequences * each].reshape(sequences, each)
     i_NR = (strata / each * queries).long().clamp(max=queries - 1)
 
-    def pick(x_BHSd: Tensor) -> Tensor:  # [N, H, R, d], fp32
-        return x_BHSd.transpose(1, 2)[b_N.unsqueeze(1), i_NR].transpose(1, 2).float()
+    def sequence(x_BH: Tensor) -> Tensor:  # [N]: one that serves the whole batch is every sequence's
+        return b_N.clamp(max=x_BH.shape[0] - 1)
 
-    shape_NGQ = (sequences, groups, (heads // groups) * each)
-    q_NGQh = pick(q_BHSh).reshape(*shape_NGQ, -1)
-    k_NGTh, v_NGTv = k_BGTh.index_select(0, b_N).float(), v_BGTv.index_select(0, b_N).float()
-    logits = (q_NGQh @ k_NGTh.transpose(2, 3) * facts["scale"]).reshape(sequences, heads, each, keys)
-    visible, bias = _visible(facts, t.get("mask"), b_N, i_NR, (batch, queries, keys))
+    def pick(x_BHSd: Tensor) -> Tensor:  # [N, H, R, d], fp32
+        return x_BHSd.transpose(1, 2)[sequence(x_BHSd).unsqueeze(1), i_NR].transpose(1, 2).float()
+
+    def grouped(groups: int) -> tuple[int, int, int]:
+        return sequences, groups, (heads // groups) * each
+
+    beside: Tensor | None = None  # columns of the softmax that are no keys
+    visible: Tensor | None
+    if "logits" in t:
+        first, row = facts.get("first_key", 0), pick(t["logits"])
+        top = row.amax(-1, keepdim=True)
+        hidden = (row <= top - _HIDDEN) | (top < -_HIDDEN)
+        logits = row[..., first : first + keys]
+        if facts.get("sinks"):
+            beside = torch.cat([row[..., :first], row[..., first + keys :]], -1)
+        visible, bias = ~hidden[..., first : first + keys], None
+    else:
+        q_NGQh = pick(q_BHSh).reshape(*grouped(groups), -1)
+        k_NGTh = k_BGTh.index_select(0, sequence(k_BGTh)).float()
+        logits = (q_NGQh @ k_NGTh.transpose(2, 3) * facts["scale"]).reshape(sequences, heads, each, keys)
+        visible, bias = _visible(facts, t.get("mask"), b_N, i_NR, (batch, queries, keys))
     if bias is not None:
         logits = logits + bias
     if visible is not None:
@@ -68,11 +91,13 @@ def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str,
     else:
         visible_count = torch.full_like(logits[..., 0], keys)
     alive = (visible_count > 0) & torch.isfinite(logits.amax(-1))
-    lse = torch.where(alive, torch.logsumexp(logits, -1), 0.0)
+    lse = torch.logsumexp(logits if beside is None else torch.cat([logits, beside], -1), -1)
+    lse = torch.where(alive, lse, 0.0)
     p = torch.where(alive.unsqueeze(-1), (logits - lse.unsqueeze(-1)).exp(), 0.0)
-    entropy = lse - (p * torch.where(p > 0, logits, 0.0)).sum(-1)
+    mass = 1.0 if beside is None else p.sum(-1)
+    entropy = lse * mass - (p * torch.where(p > 0, logits, 0.0)).sum(-1)
     entropy = torch.where(alive, entropy, 0.0)
-    first = (
+    first_visible = (
         torch.zeros_like(logits[..., :1]).long()
         if visible is None
         else (visible.float().argmax(-1, keepdim=True).expand(sequences, heads, each, 1))
@@ -86,12 +111,13 @@ def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str,
         "row_entropy_square": entropy.square().sum((0, 2)),
         "row_entropy_norm": torch.where(several, entropy / log_visible, 0.0).sum((0, 2)),
         "row_several": several.float().sum((0, 2)),
-        "row_sink": p.gather(-1, first).sum((0, 2, 3)),
+        "row_sink": p.gather(-1, first_visible).sum((0, 2, 3)),
         "row_lse": lse.sum((0, 2)),
         "row_lse_max": torch.where(alive, lse, float("-inf")).amax((0, 2)),
     }
-    if facts["dropout"] == 0.0:
-        shadow = (p.reshape(*shape_NGQ, keys) @ v_NGTv).reshape(sequences, heads, each, -1)
+    if facts["dropout"] == 0.0 and facts.get("shadow", True) and "out" in t:
+        v_NGTv = v_BGTv.index_select(0, sequence(v_BGTv)).float()
+        shadow = (p.reshape(*grouped(v_BGTv.shape[1]), keys) @ v_NGTv).reshape(sequences, heads, each, -1)
         error = torch.where(alive.unsqueeze(-1), pick(t["out"]) - shadow, 0.0)
         found["shadow_along"] = (error * shadow).sum((0, 2, 3))
         found["shadow_square"] = shadow.square().sum((0, 2, 3))
@@ -122,39 +148,51 @@ def _visible(
 
 
 def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
-    """The laws' sums, a key/value head each, and gradient statistics."""
+    """The laws' sums, a key/value head each, and gradient statistics. Without ``out``, those that need only q, k and v."""
     t = {role: x.float() for role, x in _heads_first(facts, tensors).items()}
     g = {role: x.float() for role, x in _heads_first(facts, gradients).items()}
-    q, k, dq, dk, dv, do = t["q"], t["k"], g["q"], g["k"], g["v"], g["out"]
+    q, k, dq, dk, dv = t["q"], t["k"], g["q"], g["k"], g["v"]
     groups = k.shape[1]
-
-    def per_group(x_BH: Tensor) -> Tensor:  # sum over the query heads of each group
-        return x_BH.reshape(x_BH.shape[0], groups, -1, *x_BH.shape[2:]).sum(2)
-
-    dk_sum, dv_sum, do_sum = dk.sum(2), dv.sum(2), per_group(do.sum(2))
+    dk_sum, dv_sum = dk.sum(2), dv.sum(2)
     q_dq, k_dk = (q * dq).sum(3), (k * dk).sum(3)
-    delta = (do * t["out"]).sum(3)
-    u = per_group((delta.unsqueeze(3) * q).sum(2)) * (facts["scale"] or 1.0)
-    return {
+    found = {
         "key_shift": dk_sum.square().sum((0, 2)),
         "key_norm": dk.square().sum((0, 2, 3)),
-        "value_mass": (dv_sum - do_sum).square().sum((0, 2)),
-        "value_norm": do_sum.square().sum((0, 2)) + dv_sum.square().sum((0, 2)),
-        "value_floor": do.square().sum((0, 2, 3)).reshape(groups, -1).sum(1),
-        "euler_q": per_group(q_dq.sum(2)).sum(0),
+        "euler_q": _per_group(q_dq.sum(2), groups).sum(0),
         "euler_k": k_dk.sum((0, 2)),
-        "euler_norm": per_group(q_dq.square().sum(2)).sum(0) + k_dk.square().sum((0, 2)),
-        "bias_num": -(dk_sum * u).sum((0, 2)),
-        "bias_den": u.square().sum((0, 2)),
-        "delta": delta.sum((0, 2)),
-        "delta_positive": (delta > 0).float().sum((0, 2)),
-        "delta_rows": torch.ones_like(delta).sum((0, 2)),
+        "euler_norm": _per_group(q_dq.square().sum(2), groups).sum(0) + k_dk.square().sum((0, 2)),
         "grad_q": dq.square().sum((0, 2, 3)),
         "grad_v": dv.square().sum((0, 2, 3)),
-        "grad_out": do.square().sum((0, 2, 3)),
-        "grad_nonfinite": _nonfinite(dq, dk, dv, do),
-        "grad_absmax": torch.stack([x.abs().amax() for x in (dq, dk, dv, do)]),
     }
+    if "out" in t:
+        do = g["out"]
+        do_sum = _like(_per_group(do.sum(2), dv.shape[1]), dv_sum)
+        delta = (do * t["out"]).sum(3)
+        u = _like(_per_group((delta.unsqueeze(3) * q).sum(2), groups), dk_sum) * (facts["scale"] or 1.0)
+        found |= {
+            "value_mass": (dv_sum - do_sum).square().sum((0, 2)),
+            "value_norm": do_sum.square().sum((0, 2)) + dv_sum.square().sum((0, 2)),
+            "bias_num": -(dk_sum * u).sum((0, 2)),
+            "bias_den": u.square().sum((0, 2)),
+            "delta": delta.sum((0, 2)),
+            "delta_positive": (delta > 0).float().sum((0, 2)),
+            "delta_rows": torch.ones_like(delta).sum((0, 2)),
+            "grad_out": do.square().sum((0, 2, 3)),
+        }
+    read = [g[role] for role in _ROLES if role in g]
+    found["grad_nonfinite"] = _nonfinite(*read)
+    found["grad_absmax"] = torch.stack([x.abs().amax() for x in read])
+    return found
+
+
+def _per_group(x_BH: Tensor, groups: int) -> Tensor:
+    """Sums over the query heads of each of ``groups`` key or value heads."""
+    return x_BH.reshape(x_BH.shape[0], groups, -1, *x_BH.shape[2:]).sum(2)
+
+
+def _like(x_BG: Tensor, of_keys: Tensor) -> Tensor:
+    """Summed over the batch where one set of keys or values serves all of it."""
+    return x_BG.sum(0, keepdim=True) if of_keys.shape[0] == 1 else x_BG
 
 
 def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -162,9 +200,10 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
     with np.errstate(divide="ignore", invalid="ignore"):
         found: dict[str, Array] = {}
         if "calls" in q:
-            for role in ("q", "k", "v", "out"):
-                found[f"attention/{role}_rms"] = np.sqrt(q[f"{role}_mean_square"] / q["calls"])
-                found[f"attention/{role}_absmax"] = q[f"{role}_absmax"]
+            for role in _ROLES:
+                if f"{role}_absmax" in q:
+                    found[f"attention/{role}_rms"] = np.sqrt(q[f"{role}_mean_square"] / q["calls"])
+                    found[f"attention/{role}_absmax"] = q[f"{role}_absmax"]
             found["attention/nonfinite"] = q["nonfinite"]
         if "row_count" in q and (q["row_count"].any() or q["nonfinite"].any()):  # else every sampled row was masked
             n = q["row_count"]
@@ -187,21 +226,25 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
 
 
 def _finish_backward(facts: Facts, q: Mapping[str, Array]) -> dict[str, Array]:
-    return {
+    found = {
         "law/key_shift": np.sqrt(q["key_shift"] / q["key_norm"]),
-        "law/value_mass": np.sqrt(q["value_mass"] / q["value_norm"]),
         "law/euler": np.abs(q["euler_q"] - q["euler_k"]) / np.sqrt(q["euler_norm"]),
-        "law/bias_num": q["bias_num"],
-        "law/bias_den": q["bias_den"],
-        "attention/grad_delta": q["delta"] / q["delta_rows"],
-        "attention/grad_delta_sign": 2 * q["delta_positive"] / q["delta_rows"] - 1,
         "attention/grad_q_norm": np.sqrt(q["grad_q"]),
         "attention/grad_k_norm": np.sqrt(q["key_norm"]),
         "attention/grad_v_norm": np.sqrt(q["grad_v"]),
-        "attention/grad_out_norm": np.sqrt(q["grad_out"]),
         "attention/grad_nonfinite": q["grad_nonfinite"],
         "attention/grad_absmax": q["grad_absmax"],
     }
+    if "value_norm" in q:
+        found |= {
+            "law/value_mass": np.sqrt(q["value_mass"] / q["value_norm"]),
+            "law/bias_num": q["bias_num"],
+            "law/bias_den": q["bias_den"],
+            "attention/grad_delta": q["delta"] / q["delta_rows"],
+            "attention/grad_delta_sign": 2 * q["delta_positive"] / q["delta_rows"] - 1,
+            "attention/grad_out_norm": np.sqrt(q["grad_out"]),
+        }
+    return found
 
 
 ATTENTION = Probe(

@@ -2,44 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch.fx import Node
 
 from foreshock.errors import PatternError
+from foreshock.layout import parse
+from foreshock.patterns.axes import Operand, layouts
+from foreshock.patterns.boundary import attention_site
+from foreshock.patterns.coordinates import Columns, broadcast
 from foreshock.patterns.described import check_layout, check_node, check_op
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import args, argument, described, op, schema, shape, tensor, value
-from foreshock.patterns.pattern import Match, Miss, Pattern
-from foreshock.patterns.provenance import Origin, Untraced, head_axis, trace_heads, weight_view
+from foreshock.patterns.ops import argument, described, op, schema, shape, tensor, value
+from foreshock.patterns.pattern import Edge, Match, Miss, Pattern
+from foreshock.patterns.provenance import head_axis
 
-LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
-# Arguments of an undescribed kernel that only hide keys or add to logits: the laws of shifts outlive them.
-_MASKS = frozenset({"mask", "attn_mask", "attention_mask", "attn_bias", "alibi_slopes"})
+_NAMED = {"BHSD": "b h s d", "BSHD": "b s h d"}
+_ROLES = ("q", "k", "v")
 
 
 def _match_sdpa(view: GraphView, node: Node) -> Match | Miss:
-    operands: dict[str, int | str] = {}
+    edges: dict[str, Edge] = {}
     for position, (role, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
-        operands[role] = name if name in node.kwargs else position
-    mask = argument(node, 3, "attn_mask")
-    return _attention(
+        edge = Edge(node, name if name in node.kwargs else position)
+        if (name not in node.kwargs and position >= len(node.args)) or tensor(edge.source) is None:
+            return Miss(node, f"{role} is no tensor of the graph")
+        edges[role] = edge
+    given = argument(node, 3, "attn_mask")
+    mask = given if isinstance(given, Node) else None
+    layout = _sdpa_layouts(view, node, edges, mask)
+    if isinstance(layout, str):
+        return Miss(node, layout)
+    dropout = argument(node, 4, "dropout_p", 0.0)
+    causal = argument(node, 5, "is_causal", False)
+    return attention_site(
         view,
         node,
         pattern="scaled_dot_product_attention",
-        operands=operands,
+        edges=edges,
+        layout=layout,
         out=node,
-        layout="BHSD",
-        causal=argument(node, 5, "is_causal", False),
-        mask=mask if isinstance(mask, Node) else None,
+        mask=mask,
+        causal=causal if isinstance(causal, bool) else None,
         scale=argument(node, 6, "scale"),
-        dropout=argument(node, 4, "dropout_p", 0.0),
+        dropout=_number(dropout),
+        facts={"masked": mask is not None},
+        broken={"law/value_mass": "a mask may empty whole rows" if mask is not None else ""},
     )
 
 
 SDPA = Pattern("scaled_dot_product_attention", frozenset({"scaled_dot_product_attention"}), _match_sdpa)
+
+
+def _sdpa_layouts(view: GraphView, node: Node, edges: dict[str, Edge], mask: Node | None) -> dict[str, str] | str:
+    """All axes but the last two are a batch to the kernel; which of them hold heads only the weights tell."""
+    sources = {role: edge.source for role, edge in edges.items()} | {"out": node}
+    sizes = {role: shape(source) or () for role, source in sources.items()}
+    if any(len(own) < 2 for own in sizes.values()):
+        return f"q, k, v and out need positions and channels: {sizes}"
+    lead = sizes["out"][:-2]
+    frame = (*lead, sizes["q"][-2], sizes["k"][-2])
+    if any(len(own) - 2 > len(lead) for own in sizes.values()):
+        return f"q, k, v and out do not fit each other: {sizes}"
+    operands = {}
+    for role, source in sources.items():
+        own, at = sizes[role], len(frame) - (1 if role in ("k", "v") else 2)
+        operands[role] = Operand(source, _within(own[:-1], frame, at), (len(own) - 1,), node)
+    if mask is not None:
+        operands["mask"] = Operand(mask, lambda c: broadcast(c, shape(mask) or ()))
+    return layouts(view, frame, operands, keys=len(frame) - 1, queries=len(frame) - 2)
+
+
+def _within(sizes: tuple[int, ...], frame: tuple[int, ...], positions: int) -> Any:
+    """An element of the frame -> of a tensor with leading axes, positions (``positions`` in the frame) and channels. Fewer heads
+    than the frame has are shared by equal numbers of query heads."""
+    axes = (*range(len(frame) - 1 - len(sizes), len(frame) - 2), positions)
+
+    def place(c: Columns) -> Columns | None:
+        found = []
+        for axis, size in zip(axes, sizes, strict=True):
+            if frame[axis] % size:
+                return None
+            found.append(c[axis] if size == frame[axis] else np.asarray(c[axis]) // (frame[axis] // size))
+        return (*(column if np.ndim(column) else int(column) for column in found), 0)
+
+    return place
 
 
 def attention_op(
@@ -56,41 +104,57 @@ def attention_op(
 ) -> Pattern:
     """A pattern for an opaque attention kernel, ``"namespace::name"``.
 
-    ``q``, ``k``, ``v`` say which argument (position or name) is ``[B, H, S, h]`` (``layout="BHSD"``) or ``[B, S, H, h]``
-    (``"BSHD"``; None: decided from the projections); ``output`` is the index of the attention output among the results.
-    ``causal`` is a constant, or the argument that says so; None: not known, and the monitors that recompute rows stay out.
-    ``scale`` and ``dropout`` likewise; a scale of None is ``1 / sqrt(h)``. Arguments left out take their default of the schema.
+    ``q``, ``k``, ``v`` say which argument (position or name) holds queries, keys and values. ``layout`` says how they and the
+    output lie: ``"BHSD"``, ``"BSHD"``, a layout of `foreshock.layout` such as ``"s h d"`` or ``"(b h=8) s d"``, or None, which
+    tells ``[B, H, S, h]`` from ``[B, S, H, h]`` by the projections. ``output`` is the index of the attention output among the
+    results. ``causal`` is a constant, or the argument that says so; None: not known, and the monitors that recompute rows stay
+    out. ``scale`` and ``dropout`` likewise; a scale of None is ``1 / sqrt(h)``. Arguments left out take their default.
     """
-    if layout not in (None, "BHSD", "BSHD"):
-        raise PatternError(f"describing {name}: layout is {layout!r}; give 'BHSD', 'BSHD' or None")
+    lies = None if layout is None else _NAMED.get(layout, layout)
+    if lies is not None and not _is_layout(lies):
+        raise PatternError(
+            f"describing {name}: layout is {layout!r}; give 'BHSD', 'BSHD', axes by name as in 'b s h d', or None"
+        )
     named = {"q": q, "k": k, "v": v, "causal": _place(causal), "scale": _place(scale), "dropout": _place(dropout)}
     check_op(name, named, {"output": output})
 
     def match(view: GraphView, node: Node) -> Match | Miss:
         check_node(name, node, named, {"output": output})
-        if layout is not None:
+        if layout in _NAMED:
             check_layout(name, view, described(node, q), layout)
-        declared = getattr(schema(node), "arguments", ())
-        order = [entry.name for entry in declared]
-        operands: dict[str, int | str] = {}
-        for role, where in (("q", q), ("k", k), ("v", v)):
-            position = order.index(where) if isinstance(where, str) and where in order else where
-            keyword = order[position] if isinstance(position, int) and position < len(order) else str(position)
-            operands[role] = keyword if keyword in node.kwargs else position
-        return _attention(
+        edges = {role: _edge(node, where) for role, where in zip(_ROLES, (q, k, v), strict=True)}
+        for role, edge in edges.items():
+            if edge is None or tensor(edge.source) is None:
+                return Miss(node, f"{role} is no tensor of the graph")
+        found = {role: edge for role, edge in edges.items() if edge is not None}
+        out = _result(node, output)
+        if tensor(out) is None:
+            return Miss(node, "its output is not used")
+        sizes = [shape(edge.source) or () for edge in found.values()]
+        axes = lies or ("b h s d" if head_axis(view, found["q"].source) == 1 else "b s h d")
+        if any(len(own) != len(parse(axes)) for own in sizes):
+            return Miss(
+                node, f"q, k and v are {sizes}, not `{axes}`: describe the kernel with `attention_op(layout=...)`"
+            )
+        known: Any = _said(node, causal)
+        notes: tuple[str, ...] = ()
+        if known and _lengths(sizes, axes):
+            known = None
+            notes = ("causal with unequal lengths: kernels differ in which corner they align, no recomputed rows",)
+        return attention_site(
             view,
             node,
             pattern=name,
-            operands=operands,
-            out=_result(node, output),
-            layout=layout,
-            causal=described(node, causal) if _place(causal) is not None else causal,
-            mask=None,
-            scale=described(node, scale) if _place(scale) is not None else scale,
-            dropout=described(node, dropout) if isinstance(dropout, str) else dropout,
+            edges=found,
+            layout=dict.fromkeys((*_ROLES, "out"), axes),
+            out=out,
+            causal=bool(known) if isinstance(known, int) else None,
+            scale=_said(node, scale),
+            dropout=_number(described(node, dropout) if isinstance(dropout, str) else dropout),
+            notes=notes,
         )
 
-    return Pattern(name, frozenset({name}), match)
+    return Pattern(name, frozenset({name.removeprefix("aten::")}), match)
 
 
 def _place(given: Any) -> int | str | None:
@@ -98,53 +162,32 @@ def _place(given: Any) -> int | str | None:
     return given if isinstance(given, str) or type(given) is int else None
 
 
-def described_by_schema(view: GraphView, node: Node) -> Match | Miss:
-    """An op nobody described, whose schema calls its arguments q, k, v (or query, key, value): an attention kernel."""
-    declared = schema(node)
-    if declared is None:
-        return Miss(node, "no schema", quiet=True)
-    order = [entry.name for entry in declared.arguments]
-    for names in (("q", "k", "v"), ("query", "key", "value")):
-        if all(name in order for name in names):
-            causal = next((name for name in ("causal", "is_causal") if name in order), None)
-            scale = next((name for name in ("scale", "softmax_scale", "sm_scale") if name in order), None)
-            dropout = next((name for name in ("dropout_p", "p_dropout", "dropout") if name in order), 0.0)
-            several = len(declared.returns) > 1
-            kernel = attention_op(
-                declared.name,
-                q=names[0],
-                k=names[1],
-                v=names[2],
-                output=0 if several else None,
-                causal=causal,
-                scale=scale,
-                dropout=dropout,
-            )
-            found = kernel.match(view, node)
-            if not isinstance(found, Match):
-                return found
-            return _cautious(found, {*names, causal, scale, dropout}).with_note("recognised by its schema (q, k, v)")
-    return Miss(node, "its schema has no q, k, v", quiet=True)
+def _said(node: Node, given: Any) -> Any:
+    """The argument at a place of that kind, or the constant itself."""
+    place = _place(given)
+    return given if place is None else described(node, place)
 
 
-def _cautious(match: Match, understood: set[Any]) -> Match:
-    """Without the laws and recomputed rows that an argument of unknown meaning may break."""
-    node, declared = match.anchor, schema(match.anchor).arguments
-    given = dict(zip((entry.name for entry in declared), args(node), strict=False)) | node.kwargs
-    defaults = {entry.name: entry.default_value for entry in declared if entry.has_default_value()}
-    unknown = [name for name in given if name not in understood and given[name] != defaults.get(name)]
-    if not unknown:
-        return match
-    laws = dict(match.laws)
-    for name in unknown:
-        if name in _MASKS:
-            laws["law/value_mass"] = laws["law/value_mass"] or "a mask may empty whole rows"
-        elif isinstance(given[name], Node) or "cap" in name:
-            laws = {
-                law: reason or f"what the kernel's argument `{name}` means is not known" for law, reason in laws.items()
-            }
-    note = f"no recomputed rows: the kernel's arguments {', '.join(unknown)} are not described"
-    return replace(match, facts={**match.facts, "causal": None}, laws=laws).with_note(note)
+def _is_layout(layout: str) -> bool:
+    try:
+        return bool(parse(layout))
+    except ValueError:
+        return False
+
+
+def _number(given: Any) -> float | None:
+    found = value(given) if isinstance(given, Node) else given
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _edge(node: Node, where: int | str) -> Edge | None:
+    """Where an argument of this place or name stands among those that were passed."""
+    order = [entry.name for entry in getattr(schema(node), "arguments", ())]
+    position = order.index(where) if isinstance(where, str) and where in order else where
+    keyword = order[position] if isinstance(position, int) and position < len(order) else str(position)
+    found = Edge(node, keyword if keyword in node.kwargs else position)
+    held = found.where in node.kwargs if isinstance(found.where, str) else found.where < len(node.args)
+    return found if held and isinstance(found.source, Node) else None
 
 
 def _result(node: Node, output: int | None) -> Node | None:
@@ -153,112 +196,7 @@ def _result(node: Node, output: int | None) -> Node | None:
     return next((user for user in node.users if op(user) == "getitem" and user.args[1] == output), None)
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    heads: int
-    kv_heads: int
-    head_dim: int
-    value_dim: int
-
-
-def _sizes(shapes: Mapping[str, tuple[int, ...]], axis: int) -> _Sizes | str:
-    q, k, v, out = (shapes[role] for role in ("q", "k", "v", "out"))
-    if any(len(sizes) != 4 for sizes in (q, k, v, out)):
-        return f"q, k, v and out must be 4-D here, not {[len(sizes) for sizes in (q, k, v, out)]}"
-    if not q[0] == k[0] == v[0] == out[0] or k[3 - axis] != v[3 - axis]:
-        return f"batch or key sizes are broadcast, which is not followed: q {q}, k {k}, v {v}"
-    if q[3] != k[3] or v[3] != out[3] or k[axis] != v[axis] or q[axis] % k[axis]:
-        return f"shapes do not fit an attention: q {q}, k {k}, v {v}, out {out}"
-    return _Sizes(q[axis], k[axis], q[3], v[3])
-
-
-def _attention(
-    view: GraphView,
-    node: Node,
-    *,
-    pattern: str,
-    operands: Mapping[str, int | str],
-    out: Node | None,
-    layout: str | None,
-    causal: Any,
-    mask: Node | None,
-    scale: Any,
-    dropout: Any,
-) -> Match | Miss:
-    roles: dict[str, Node] = {}
-    for role, where in operands.items():
-        found = (
-            node.kwargs.get(where) if isinstance(where, str) else node.args[where] if where < len(node.args) else None
-        )
-        if not isinstance(found, Node) or tensor(found) is None:
-            return Miss(node, f"{role} is no tensor of the graph")
-        roles[role] = found
-    if out is None or tensor(out) is None:
-        return Miss(node, "its output is not used")
-    roles["out"] = out
-    axis = {"BHSD": 1, "BSHD": 2}.get(layout or "") or head_axis(view, roles["q"])
-    sizes = _sizes({role: shape(found) or () for role, found in roles.items()}, axis)
-    if isinstance(sizes, str):
-        return Miss(node, sizes)
-    if mask is not None:
-        roles["mask"] = mask
-    notes: list[str] = []
-    known_causal = causal if isinstance(causal, bool) else None
-    lengths = [(shape(roles[role]) or ())[3 - axis] for role in ("q", "k")]
-    if known_causal and op(node) not in SDPA.anchors and lengths[0] != lengths[1]:
-        known_causal = None
-        notes.append("causal with unequal lengths: kernels differ in which corner they align, no recomputed rows")
-    number = value(scale) if isinstance(scale, Node) else scale
-    if number is None:
-        number = sizes.head_dim**-0.5
-    known_scale = float(number) if isinstance(number, int | float) else None
-    if known_scale is None:
-        notes.append("the softmax scale is computed at run time: no recomputed rows")
-    drops = not (isinstance(dropout, int | float) and float(dropout) == 0.0)
-    origins = {role: trace_heads(view, roles[role], axis) for role in ("q", "k")}
-    weights, kv_heads = {}, sizes.kv_heads
-    for role, origin in origins.items():
-        if isinstance(origin, Untraced):
-            notes.append(f"{role} was not traced to a weight: {origin.reason}")
-            continue
-        found_view = weight_view(view, origin)
-        if found_view is not None:
-            weights[f"{role}_weight"] = found_view
-        if role == "k":
-            kv_heads = min(kv_heads, len(origin.index))
-    return Match(
-        kind="attention",
-        pattern=pattern,
-        anchor=node,
-        roles=roles,
-        operands=operands,
-        layout=dict.fromkeys(("q", "k", "v", "out"), "b h s d" if axis == 1 else "b s h d"),
-        facts={
-            "heads": sizes.heads,
-            "kv_heads": kv_heads,
-            "head_dim": sizes.head_dim,
-            "value_dim": sizes.value_dim,
-            "causal": known_causal,
-            "scale": known_scale,
-            "dropout": float(dropout) if isinstance(dropout, int | float) else float("nan"),
-            "dtype": str(getattr(tensor(roles["q"]), "dtype", "float32")).removeprefix("torch."),
-        },
-        laws=_laws(view, roles, drops, known_scale),
-        weights=weights,
-        sources={f"{role}_weight": origin.sources for role, origin in origins.items() if isinstance(origin, Origin)},
-        notes=tuple(notes),
-    )
-
-
-def _laws(view: GraphView, roles: Mapping[str, Node], drops: bool, scale: float | None) -> dict[str, str]:
-    untapped = [role for role in ("q", "k", "v") if not getattr(tensor(roles[role]), "requires_grad", False)]
-    if untapped:
-        return dict.fromkeys(LAWS, f"no gradient reaches {', '.join(untapped)}")
-    laws = dict.fromkeys(LAWS, "")
-    if scale is None:
-        laws["law/bias"] = "the softmax scale is not known"
-    if drops:
-        laws["law/value_mass"] = "dropout on the probabilities: rows do not sum to one"
-    elif "mask" in roles:
-        laws["law/value_mass"] = "a mask may empty whole rows"
-    return laws
+def _lengths(sizes: list[tuple[int, ...]], axes: str) -> bool:
+    """Whether there are other numbers of keys than of queries."""
+    at = [axis for axis, joined in enumerate(parse(axes)) if any(name[0] == "s" for name in joined)]
+    return any(sizes[0][axis] != sizes[1][axis] for axis in at)

@@ -8,16 +8,18 @@ from dataclasses import dataclass, replace
 from torch.fx import GraphModule, Node
 
 from foreshock.errors import PatternError
-from foreshock.patterns.attention import SDPA, described_by_schema
+from foreshock.patterns.attention import SDPA
 from foreshock.patterns.graph import GraphView, body_of
+from foreshock.patterns.kernels import PUBLIC, described_by_schema
 from foreshock.patterns.lift import FUNCTION, lift
 from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER, decisions
 from foreshock.patterns.subgraph import Subgraph
 from foreshock.patterns.unwatched import UNWATCHED
+from foreshock.patterns.written import WRITTEN
 
-BUILTIN: tuple[Pattern, ...] = (SDPA, ROUTER, *UNWATCHED)
+BUILTIN: tuple[Pattern, ...] = (SDPA, WRITTEN, *PUBLIC, ROUTER, *UNWATCHED)
 _registered: list[Pattern] = []
 
 

@@ -165,8 +165,9 @@ def _sizes(fake: Any) -> tuple[Any, ...]:
 def _facts(match: Match, rows: int) -> Facts:
     """Plain values that probes depend on; part of every compile cache key."""
     facts = {**match.facts, "layout": match.layout}
-    recomputable = match.facts.get("causal") is not None and match.facts.get("scale") is not None
-    return {**facts, "rows": rows if match.kind != "attention" or recomputable else 0}
+    known = match.facts.get("causal") is not None and match.facts.get("scale") is not None
+    readable = match.facts.get("recompute", True) and (known or "logits" in match.roles)
+    return {**facts, "rows": rows if match.kind != "attention" or readable else 0}
 
 
 def _note(watch: Watch, findings: Findings) -> None:

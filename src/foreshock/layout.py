@@ -3,7 +3,7 @@
 An axis is named by what runs along it: ``b`` batch, ``h`` heads, ``s`` positions (queries or keys), ``d`` channels. ``"b h s d"``
 is what PyTorch's own attention takes, ``"b h d s"`` a key already transposed, ``"(b h=8) s d"`` batch and 8 heads merged into one
 axis with heads running fastest, ``"b h0 h1 s d"`` heads split into groups, ``"s d"`` one head of one sequence. Axes of one letter
-are joined in the order in which they stand; an axis that is missing has size 1.
+are joined in the order of their digits; an axis that is missing has size 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BHSD = "b h s d"
 
 
 @functools.lru_cache(maxsize=256)
-def _parse(layout: str) -> tuple[tuple[str, ...], ...]:
+def parse(layout: str) -> tuple[tuple[str, ...], ...]:
     """``"(b h=8) s d"`` -> ``(("b", "h=8"), ("s",), ("d",))``."""
     axes = tuple(tuple(part.strip("()").split()) for part in re.findall(r"\([^)]*\)|\S+", layout))
     names = [name for axis in axes for name in axis]
@@ -38,14 +38,14 @@ def _size(name: str) -> int:
 
 def canonical(x: Tensor, layout: str) -> Tensor:
     """``x``, which lies as ``layout`` says, as ``[B, H, S, D]``: a view where strides allow."""
-    axes = _parse(layout)
+    axes = parse(layout)
     if layout == BHSD:
         return x
     for position in reversed(range(len(axes))):
         if len(axes[position]) > 1:
             x = x.unflatten(position, [_size(name) for name in axes[position]])
     names = [name for axis in axes for name in axis]
-    order = sorted(range(len(names)), key=lambda i: (CLASSES.index(names[i][0]), i))
+    order = sorted(range(len(names)), key=lambda i: (CLASSES.index(names[i][0]), names[i]))
     x = x.permute(order)
     sizes = {letter: [x.shape[i] for i, at in enumerate(order) if names[at][0] == letter] for letter in CLASSES}
     return x.reshape([math.prod(sizes[letter]) for letter in CLASSES])

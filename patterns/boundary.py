@@ -1,0 +1,151 @@
+"""What every form of attention comes to: roles with layouts, facts, weights, and the laws that hold there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch.fx import Node
+
+from foreshock.patterns.axes import channels_of, heads_of
+from foreshock.patterns.graph import GraphView
+from foreshock.patterns.ops import shape, tensor, value
+from foreshock.patterns.pattern import Edge, Match, Miss
+from foreshock.patterns.provenance import Origin, trace, weight_view
+
+LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
+NO_BIAS_PAIR = (
+    "law/key_shift",
+    "law/bias",
+)  # both rest on a shift of all keys that leaves every row's softmax as it is
+Sizes = tuple[int, int, int, int]
+
+
+def attention_site(
+    view: GraphView,
+    anchor: Node,
+    *,
+    pattern: str,
+    edges: Mapping[str, Edge],
+    layout: Mapping[str, str],
+    out: Node | None,
+    logits: Node | None = None,
+    mask: Node | None = None,
+    causal: bool | None = None,
+    scale: Any = None,
+    dropout: Any = 0.0,
+    facts: Mapping[str, Any] | None = None,
+    broken: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
+) -> Match | Miss:
+    """A match, or why the shapes are none of an attention.
+
+    ``scale`` is a number (NaN: not known), a node that yields one, or None for ``1 / sqrt(h)``; ``dropout`` a number, or None where
+    it is not known. ``broken`` maps laws that the form breaks to the reason. Rows are read from ``logits`` where they are given,
+    else recomputed from q, k and ``mask`` where causality and scale are known, unless the fact ``recompute`` forbids.
+    """
+    roles = {role: edge.source for role, edge in edges.items()}
+    roles |= {role: node for role, node in (("out", out), ("logits", logits), ("mask", mask)) if node is not None}
+    sizes = {role: heads_of(layout[role], shape(node) or ()) for role, node in roles.items()}
+    reason = _misfit(sizes)
+    if reason:
+        return Miss(anchor, reason)
+    (batch, heads, queries, head_dim), (_, kv_heads, keys, _) = sizes["q"], sizes["k"]
+    batch, remarks = max(own[0] for own in sizes.values()), list(notes)
+    number = value(scale) if isinstance(scale, Node) else head_dim**-0.5 if scale is None else scale
+    known_scale = float(number) if isinstance(number, int | float) and not math.isnan(number) else None
+    if known_scale is None:
+        remarks.append("the softmax scale is computed at run time")
+    fits = mask is None or all(
+        n in (1, whole) for n, whole in zip(sizes["mask"], (batch, heads, queries, keys), strict=True)
+    )
+    if mask is not None and not fits:
+        remarks.append(f"the mask {list(shape(mask) or ())} does not fit the heads and sequences: no recomputed rows")
+        del roles["mask"]
+    laws = _laws(roles, known_scale, dropout, broken or {})
+    barred = _untappable(view, edges, sizes)
+    if barred:
+        laws = dict.fromkeys(LAWS, barred)
+    origins = {
+        role: trace(view, roles[role], channels_of(layout[role], shape(roles[role]) or ()), *_grid(sizes[role]))
+        for role in ("q", "k")
+    }
+    weights = {}
+    for role, origin in origins.items():
+        if not isinstance(origin, Origin):
+            remarks.append(f"{role} was not traced to a weight: {origin.reason}")
+            continue
+        remarks += [f"{role}: {note}" for note in origin.notes]
+        found = weight_view(view, origin)
+        if found is not None:
+            weights[f"{role}_weight"] = found
+        if role == "k":
+            kv_heads = min(kv_heads, len(origin.index))
+    return Match(
+        kind="attention",
+        pattern=pattern,
+        anchor=anchor,
+        roles=roles,
+        operands={} if barred else {role: e.where if e.node is anchor else e for role, e in edges.items()},
+        layout={role: layout[role] for role in roles},
+        facts={
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "value_dim": sizes["v"][3],
+            "causal": causal,
+            "scale": known_scale,
+            "dropout": float("nan") if dropout is None else float(dropout),
+            "dtype": str(getattr(tensor(roles["q"]), "dtype", "float32")).removeprefix("torch."),
+            **({} if fits else {"recompute": False}),
+            **(facts or {}),
+        },
+        laws=laws,
+        weights=weights,
+        sources={f"{role}_weight": origin.sources for role, origin in origins.items() if isinstance(origin, Origin)},
+        notes=tuple(remarks),
+    )
+
+
+def _grid(sizes: Sizes) -> tuple[int, int]:
+    return sizes[1], sizes[3]
+
+
+def _misfit(sizes: Mapping[str, Sizes]) -> str:
+    q, k, v = sizes["q"], sizes["k"], sizes["v"]
+    out = sizes.get("out", (max(q[0], k[0], v[0]), q[1], q[2], v[3]))
+    batch, shown = max(q[0], k[0], v[0]), ", ".join(f"{role} {list(own)}" for role, own in sizes.items())
+    if any(own[0] not in (1, batch) for own in (q, k, v)) or out[0] != batch:
+        return f"batches do not fit each other: {shown}"
+    if q[3] != k[3] or k[2] != v[2] or out[2:] != (q[2], v[3]):
+        return f"shapes do not fit an attention: {shown}"
+    if out[1] != q[1] or q[1] % k[1] or q[1] % v[1]:
+        return f"its heads do not fit each other: {shown}"
+    return ""
+
+
+def _untappable(view: GraphView, edges: Mapping[str, Edge], sizes: Mapping[str, Sizes]) -> str:
+    """Why gradients cannot be read. They come back beside those of an early operand: see `foreshock.passes.taps`."""
+    if "out" in sizes and sizes["q"][0] != sizes["out"][0]:
+        return "one query serves a whole batch: gradients are not read"
+    first = min(view.order[edge.node] for edge in edges.values())
+    late = view.order.get(edges["v"].source, -1) > first
+    if late and sizes["v"][:3] != sizes["k"][:3]:
+        return "keys and values are broadcast differently: gradients are not read"
+    return ""
+
+
+def _laws(roles: Mapping[str, Node], scale: float | None, dropout: Any, broken: Mapping[str, str]) -> dict[str, str]:
+    untapped = [role for role in ("q", "k", "v") if not getattr(tensor(roles[role]), "requires_grad", False)]
+    if untapped:
+        return dict.fromkeys(LAWS, f"no gradient reaches {', '.join(untapped)}")
+    laws = dict.fromkeys(LAWS, "")
+    if scale is None:
+        laws["law/bias"] = "the softmax scale is not known"
+    if "out" not in roles:
+        no_out = "the output projection is part of the same product: the attention's output has no tensor of its own"
+        laws |= {"law/value_mass": no_out, "law/bias": no_out}
+    if dropout != 0.0:
+        laws["law/value_mass"] = "dropout on the probabilities: rows do not sum to one"
+    return laws | {law: reason for law, reason in broken.items() if reason}

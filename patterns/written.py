@@ -1,0 +1,305 @@
+"""Attention written out: a product of queries and keys, a softmax along the keys, a product with the values.
+
+Which operand is which is read off the axes alone. The axis of the softmax belongs to the keys, whatever views, masks and biases
+stand between, and the operand that holds it is k; the axis summed over in the second product must be the same. Keys are made from
+data: a softmax over a table, over slots or over classes is no attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch.fx import Node
+
+from foreshock.patterns.axes import Operand, layouts
+from foreshock.patterns.boundary import NO_BIAS_PAIR, attention_site
+from foreshock.patterns.coordinates import RULES, Columns, corner
+from foreshock.patterns.graph import GraphView
+from foreshock.patterns.logits import Logits, Place, constant, products_before
+from foreshock.patterns.ops import args, argument, op, shape
+from foreshock.patterns.pattern import Edge, Match, Miss, Pattern
+from foreshock.patterns.products import Product
+from foreshock.patterns.pullback import Pull
+from foreshock.patterns.softmax import ANCHORS, Softmax, Use, softmax, uses
+from foreshock.patterns.writes import Write
+
+NAME = "written-out attention"
+_TRANSPOSED = frozenset({"transpose", "permute", "mT", "t", "movedim"})
+
+
+def _match(view: GraphView, node: Node) -> Match | Miss:
+    found = softmax(node)
+    if found is None:
+        return Miss(node, "no softmax", quiet=True)
+    sizes = shape(found.logits) or ()
+    reason = ""
+    for use in uses(view, found):
+        kept = _kept_keys(use, found)
+        if kept is None:
+            continue
+        first, count = kept
+        row = tuple(np.arange(first, first + count) if axis == found.axis else 0 for axis in range(len(sizes)))
+        for logits in products_before(view, found.logits, row, _reader(found)):
+            result = _attention(view, node, found, use, logits, first)
+            if isinstance(result, Match):
+                return result
+            reason = reason or result
+    return Miss(node, reason or "no product before and after the softmax", quiet=not reason)
+
+
+WRITTEN = Pattern(NAME, ANCHORS, _match)
+
+
+def _reader(found: Softmax) -> Node:
+    """The node that reads the logits: a shift by the row's maximum may stand before the softmax itself."""
+    return next(iter(found.logits.users))
+
+
+def _kept_keys(use: Use, found: Softmax) -> tuple[int, int] | None:
+    """Which columns of the softmax are keys: the first, and how many. Others (sinks) are cut off before the product."""
+    source = use.product.edges[use.side].source
+    axis = use.product.letters[use.side].index(use.key)
+    frame = shape(source) or ()
+    moved = use.place(tuple(np.arange(size) if a == axis else 0 for a, size in enumerate(frame)))
+    column = None if moved is None else moved[found.axis]
+    if column is None or np.ndim(column) == 0 or (np.diff(column) != 1).any():
+        return None
+    return int(column[0]), len(column)
+
+
+def _attention(view: GraphView, node: Node, found: Softmax, use: Use, logits: Logits, first: int) -> Match | str:
+    met = logits.product
+    row = {
+        letter
+        for letter, column in zip(met.result, _at_keys(found, use, logits, first), strict=True)
+        if np.ndim(column)
+    }
+    holders = [side for side in range(len(met.edges)) if row & set(met.sizes(side))]
+    if not row or len(met.edges) != 2 or len(holders) != 1:
+        return "the product before the softmax does not tell queries from keys"
+    k_side = holders[0]
+    sides = {"q": 1 - k_side, "k": k_side}
+    values = [side for side in range(len(use.product.edges)) if side != use.side and use.key in use.product.sizes(side)]
+    if len(values) != 1:
+        return "the product after the softmax has no values along the keys"
+    v_edge = use.product.edges[values[0]]
+    q_edge, k_edge = (met.edges[sides[role]] for role in ("q", "k"))
+    reason = _not_from_data(view, met, q_edge, k_edge, v_edge)
+    if reason:
+        return reason
+    return _site(view, node, found, use, logits, sides, values[0], first)
+
+
+def _at_keys(found: Softmax, use: Use, logits: Logits, first: int) -> Columns:
+    source = use.product.edges[use.side].source
+    axis = use.product.letters[use.side].index(use.key)
+    frame = shape(source) or ()
+    weights = use.place(tuple(np.arange(size) if a == axis else 0 for a, size in enumerate(frame)))
+    return (logits.place(weights) if weights is not None else None) or (0,) * len(logits.product.result)
+
+
+def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> str:
+    """Why this is no attention for want of keys, values or queries made from data."""
+    pull = Pull(view)
+    for role, edge in (("keys", k), ("values", v)):
+        if not pull.varies(view, edge.source):
+            return f"softmax between two products, but its {role}, `{edge.source.name}`, are a constant or a parameter"
+    if pull.varies(view, q.source):
+        return ""
+    # A fixed query is one of a pooling attention if keys and values are two projections; else it is a gate or a dispatch.
+    reason = f"softmax between two products, but its queries, `{q.source.name}`, are a parameter"
+    if op(met.node) in ("linear", "addmm"):
+        return f"{reason} that projects one input"
+    ends = [Pull(view)(edge.source, corner(edge.source), edge.node) for edge in (k, v)]
+    if any(end is None or end.bent or pull.projection(end.view, end.node) is None for end in ends):
+        return f"{reason}, and its keys and values are no projections"
+    of_keys, of_values = ends
+    assert of_keys is not None
+    assert of_values is not None
+    if of_keys.node is of_values.node and of_keys.coordinates == of_values.coordinates:
+        return f"{reason}, and its keys and values are the same"
+    query = Pull(view)(q.source, corner(q.source), q.node)
+    bare = query is None or pull.projection(query.view, query.node) is None
+    copies = RULES.keys() | {"identity", "cast", "mul", "div"}
+    if bare and any(op(step) not in copies for step in of_keys.path):
+        return f"{reason}, and its keys are no projection"
+    return ""
+
+
+def _site(
+    view: GraphView,
+    node: Node,
+    found: Softmax,
+    use: Use,
+    logits: Logits,
+    sides: Mapping[str, int],
+    v_side: int,
+    first: int,
+) -> Match | str:
+    after, before = use.product, logits.product
+    frame = shape(after.edges[use.side].source) or ()
+    letters = after.letters[use.side]
+    own = set(after.sizes(use.side))
+    scale = logits.scale
+
+    def to_product(side: int) -> Any:
+        def place(c: Columns) -> Columns | None:
+            weights = use.place(c)
+            at = None if weights is None else logits.place(weights)
+            return None if at is None else before.place(side, dict(zip(before.result, at, strict=True)))
+
+        return place
+
+    edges: dict[str, Edge] = {}
+    operands: dict[str, Operand] = {}
+    entries = {role: _entries(view, before, side) for role, side in sides.items()}
+    for role, entry in _outermost(view, entries).items():
+        scale = None if scale is None else scale * entry.factor
+        edges[role] = entry.edge
+        operands[role] = Operand(
+            entry.edge.source, _then(to_product(sides[role]), entry.rules), entry.channels, entry.edge.node
+        )
+    values = after.edges[v_side]
+    edges["v"] = values
+    operands["v"] = Operand(
+        values.source,
+        lambda c: after.place(v_side, dict(zip(letters, c, strict=True))),
+        after.channels(v_side, own),
+        values.node,
+    )
+    out = after.node if len(after.edges) == 2 else None
+    if out is not None:
+        operands["out"] = Operand(
+            out,
+            lambda c: tuple(
+                dict(zip(letters, c, strict=True)).get(letter, 0) if letter in own else 0 for letter in after.result
+            ),
+            tuple(axis for axis, letter in enumerate(after.result) if letter not in own),
+        )
+    keys = letters.index(use.key)
+    sizes = list(shape(found.logits) or ())
+    sizes[found.axis] = frame[keys]
+    operands["logits"] = Operand(found.logits, use.place, sizes=tuple(sizes))
+    layout = layouts(view, frame, operands, keys=keys)
+    if isinstance(layout, str):
+        return layout
+    readable = not found.padded and not (out is not None and view.written(found.logits, out))
+    sinks = logits.sinks or found.padded
+    facts: dict[str, Any] = {"masked": logits.masked, "softcap": logits.softcap, "sinks": sinks}
+    if first:
+        facts["first_key"] = first
+    if use.altered or _adds(after.node):
+        facts["shadow"] = False
+    result = attention_site(
+        view,
+        node,
+        pattern=NAME,
+        edges=edges,
+        layout=layout,
+        out=out,
+        logits=found.logits if readable else None,
+        causal=None if logits.masked else False,
+        scale=math.nan if scale is None else scale,
+        dropout=constant(use.dropout),
+        facts=facts,
+        broken=_broken(use, logits, sinks),
+    )
+    return result if isinstance(result, Match) else result.reason
+
+
+def _adds(node: Node) -> bool:
+    """Whether a product adds its values to another tensor."""
+    return op(node) in ("baddbmm", "addmm") and argument(node, 3, "beta", 1) != 0
+
+
+def _broken(use: Use, logits: Logits, sinks: bool) -> dict[str, str]:
+    """Laws that this form breaks. A softmax written out is differentiated by PyTorch: its rows always sum to one, whatever the
+    masks; only what comes after it takes mass away."""
+    broken = dict(logits.broken)
+    if sinks:
+        reason = "columns that are no keys take a share of each row"
+        broken |= dict.fromkeys((*NO_BIAS_PAIR, "law/value_mass"), reason)
+    if use.altered:
+        broken["law/value_mass"] = use.altered
+    if use.emptied:
+        broken["law/value_mass"] = "a mask may empty whole rows"
+    if _adds(use.product.node):
+        broken.setdefault("law/bias", "the output is added to another tensor in the same product")
+    if use.shared:
+        broken.setdefault(
+            "law/bias", "the probabilities are read elsewhere too: their gradient is not of the output alone"
+        )
+    return broken
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where an operand may be said to enter: further out, before views and multiplications by numbers that it alone goes through.
+    ``rules`` lead from its axes at the product to those there, ``factor`` is what the numbers come to."""
+
+    edge: Edge
+    channels: tuple[int, ...]
+    factor: float = 1.0
+    numbers: int = 0
+    rules: tuple[Place, ...] = ()
+
+
+def _entries(view: GraphView, met: Product, side: int) -> list[_Entry]:
+    """The places where an operand of ``met`` may enter, the product first."""
+    found = [_Entry(met.edges[side], met.channels(side, set(met.result)))]
+    while True:
+        entry = found[-1]
+        source = entry.edge.source
+        at, factor = _multiplied(source)
+        inner = args(source)[at] if len(args(source)) > at else None
+        if len(source.users) != 1 or not isinstance(inner, Node) or shape(inner) is None:
+            return found
+        if view.written(inner, met.node) or Write.storage_of(inner) is None:
+            return found
+        if op(source) in _TRANSPOSED:
+            axes = RULES[op(source)](source, tuple(range(len(shape(source) or ())))) or ()
+            channels = tuple(there for there, here in enumerate(axes) if here in entry.channels)
+            rules: tuple[Place, ...] = (*entry.rules, functools.partial(RULES[op(source)], source))
+            found.append(replace(entry, edge=Edge(source, 0), channels=channels, rules=rules))
+        elif factor and shape(inner) == shape(source) and Write.storage_of(inner) != Write.storage_of(source):
+            found.append(replace(entry, edge=Edge(source, at), factor=entry.factor * factor, numbers=entry.numbers + 1))
+        else:
+            return found
+
+
+def _multiplied(node: Node) -> tuple[int, float]:
+    """Which argument of ``node`` is multiplied by a number, and the number; 0.0 if none is."""
+    if op(node) not in ("mul", "div") or len(args(node)) < 2:
+        return 0, 0.0
+    for at in (0, 1) if op(node) == "mul" else (0,):
+        number = constant(args(node)[1 - at])
+        if number:
+            return at, number if op(node) == "mul" else 1 / number
+    return 0, 0.0
+
+
+def _outermost(view: GraphView, entries: Mapping[str, list[_Entry]]) -> dict[str, _Entry]:
+    """The nearest entries beyond all numbers, of those at which both operands are there before the first of them goes in."""
+    early = []
+    for q, k in itertools.product(entries["q"], entries["k"]):
+        first = min(view.order[q.edge.node], view.order[k.edge.node])
+        if all(view.order.get(entry.edge.source, -1) < first for entry in (q, k)):
+            early.append((q, k))
+    q, k = max(early, key=lambda pair: (sum(e.numbers for e in pair), -sum(len(e.rules) for e in pair)))
+    return {"q": q, "k": k}
+
+
+def _then(place: Place, rules: tuple[Place, ...]) -> Place:
+    def moved(c: Columns) -> Columns | None:
+        found = place(c)
+        for rule in rules:
+            found = None if found is None else rule(found)
+        return found
+
+    return moved
