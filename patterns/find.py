@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from foreshock.errors import PatternError
 from foreshock.patterns.attention import SDPA
+from foreshock.patterns.flex import FLEX
 from foreshock.patterns.graph import GraphView, body_of
 from foreshock.patterns.kernels import PUBLIC, described_by_schema
 from foreshock.patterns.lift import FUNCTION, lift
@@ -16,10 +17,10 @@ from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER, decisions
 from foreshock.patterns.subgraph import Subgraph
-from foreshock.patterns.unwatched import UNWATCHED
 from foreshock.patterns.written import WRITTEN
 
-BUILTIN: tuple[Pattern, ...] = (SDPA, WRITTEN, *PUBLIC, ROUTER, *UNWATCHED)
+BUILTIN: tuple[Pattern, ...] = (SDPA, WRITTEN, FLEX, *PUBLIC, ROUTER)
+_KNOWN = ("attention", "router")
 _registered: list[Pattern] = []
 
 
@@ -62,16 +63,22 @@ def _in_one(
     view: GraphView, table: Mapping[str, list[Pattern]], errors: list[tuple[str, Exception]]
 ) -> list[Match | Miss]:
     results: list[Match | Miss] = []
+    shown: list[Match] = []
     for node in list(view.graph.nodes):
         candidates = table.get(op(node), ())
         found: Match | Miss | None = None
         for pattern in candidates:
             try:
                 here = pattern.match(view, node)
-                if here and isinstance(pattern, Subgraph):
-                    results += pattern.further(view, node)
+                if isinstance(here, Match) and isinstance(pattern, Subgraph):
+                    more = [match for match in pattern.further(view, node) if isinstance(match, Match)]
+                    results += more
+                    shown += [here, *more]
             except Exception as error:
                 errors.append((pattern.name, error))
+                continue
+            if isinstance(pattern, Subgraph) and isinstance(here, Match) and here.kind not in _KNOWN:
+                results.append(here)  # the same ops may also be an attention or a router
                 continue
             if here or found is None or found.quiet:
                 found = here
@@ -83,7 +90,19 @@ def _in_one(
             found = _closed(node, table)
         if found is not None:
             results.append(found)
-    return decisions(results, view)
+    return decisions(_without_doubles(results, shown), view)
+
+
+def _without_doubles(results: list[Match | Miss], shown: list[Match]) -> list[Match | Miss]:
+    """A pattern that the user has shown may begin at another op than the built-in one that also fits: the user's stays."""
+    taken = {(match.kind, match.roles[role]) for match in shown for role in ("out", "indices") if role in match.roles}
+    return [
+        result
+        for result in results
+        if not isinstance(result, Match)
+        or any(result is match for match in shown)
+        or not any((result.kind, node) in taken for node in result.roles.values())
+    ]
 
 
 def _outside(region: GraphView, result: Match | Miss) -> Match | Miss:

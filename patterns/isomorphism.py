@@ -25,7 +25,15 @@ from foreshock.patterns.ops import argument, op, value
 MOST_READERS = 64  # a tensor that more nodes read (a rotary table, a mask) is no way from one place to another
 MOST_TRIED = 256  # assignments that fit node by node, tried at most for one anchor
 TRANSPARENT = ("cast", "identity")
-Found = dict[Node, Any]  # node of the pattern -> node of the graph, or the value of a constant
+
+
+@dataclass(frozen=True)
+class Found:
+    """One way in which a pattern lies in a graph: what stands for each of its nodes (a node, or the value of a number), and
+    where its open tensors enter: reader, and position or keyword (None: inside a list)."""
+
+    values: Mapping[Node, Any]
+    edges: Mapping[Node, tuple[tuple[Node, int | str | None], ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +173,7 @@ def search(motif: Motif, target: Target, anchor: Node) -> list[Found] | Stuck:
         bound = _bind(motif, target, mapping)
         if bound is not None:
             solid = (node for node, its in motif.forms.items() if its.op not in TRANSPARENT)
-            found.setdefault(tuple(bound[node] for node in solid), bound)
+            found.setdefault(tuple(bound.values[node] for node in solid), bound)
     return list(found.values()) or Stuck(tuple(motif.forms), None, anchor, motif.anchor)
 
 
@@ -272,6 +280,7 @@ def _bind(motif: Motif, target: Target, mapping: Mapping[Node, Node]) -> Found |
     ]
     for readings in itertools.product(*choices):
         chains: dict[Node, list[list[Node]]] = {}
+        edges: dict[Node, tuple[tuple[Node, int | str | None], ...]] = {}
         numbers: dict[Node, list[Any]] = {}
         for node, reading in readings:
             its = motif.forms[node]
@@ -279,8 +288,10 @@ def _bind(motif: Motif, target: Target, mapping: Mapping[Node, Node]) -> Found |
                 if is_scalar(operand.node):
                     numbers.setdefault(operand.node, []).append(_number(its.op, operand, slot, reading))
                 else:
-                    chains.setdefault(operand.node, []).append(target.chain(reading.operands[slot], mapping[node]))
-        bound: Found = dict(mapping)
+                    entered = reading.operands[slot]
+                    chains.setdefault(operand.node, []).append(target.chain(entered, mapping[node]))
+                    edges[operand.node] = (*edges.get(operand.node, ()), (mapping[node], entered.where))
+        bound: dict[Node, Any] = dict(mapping)
         for node, each in chains.items():
             common = [source for source in each[0] if all(source in chain for chain in each[1:])]
             wanted = mapping.get(node, common[0] if common else None)
@@ -289,7 +300,7 @@ def _bind(motif: Motif, target: Target, mapping: Mapping[Node, Node]) -> Found |
             bound[node] = wanted
         else:
             if all(all(same("", one, first, None) for one in rest) for first, *rest in numbers.values()):
-                return bound | {node: first for node, (first, *_) in numbers.items()}
+                return Found(bound | {node: first for node, (first, *_) in numbers.items()}, edges)
     return None
 
 

@@ -12,19 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from torch.fx import Node
 
 from foreshock.errors import PatternError
 from foreshock.patterns.forms import SPELLINGS, form
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.isomorphism import Found, Motif, Stuck, Target, is_op, search
-from foreshock.patterns.ops import hint, op, shape, tensor
+from foreshock.patterns.isomorphism import Motif, Stuck, Target, is_op, search
+from foreshock.patterns.ops import op
 from foreshock.patterns.pattern import Match, Miss, Pattern
-from foreshock.patterns.provenance import Link, Origin, trace_features, weight_view
+from foreshock.patterns.shown import Facts, Shown, check_kind, site
 from foreshock.patterns.tracing import Traced, trace
-from foreshock.records import Stage
 
 # The commonest first; an op that is not here is rarer than all of them, and a better place to begin.
 _COMMON = (
@@ -44,7 +41,6 @@ _COMMON = (
         "softmax",
     ),
 )
-Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ class Subgraph(Pattern):
     """
 
     kind: str
-    further: Callable[[GraphView, Node], tuple[Match, ...]]
+    further: Callable[[GraphView, Node], list[Match | Miss]]
     variants: tuple[Variant, ...]
     file: str
     lines: Mapping[int, str]
@@ -97,6 +93,7 @@ def subgraph(
     facts: Facts | Callable[[Mapping[str, Any]], Facts] | None = None,
     weights: Sequence[str] = (),
     tapped: str | None = None,
+    broken: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., Any]], Subgraph]:
     """Make a `Pattern` of the decorated function, which shows the subgraph in ordinary torch code::
 
@@ -116,6 +113,10 @@ def subgraph(
             dtype, and no data; numbers) to them.
         weights: roles whose last axis is traced to the parameter that makes it, or that are parameters themselves.
         tapped: the role whose gradient the probe's ``backward`` reads; the first returned if left out.
+        broken: of an attention, the laws that this form breaks, each with the reason, ``{"law/key_shift": "capped logits"}``.
+
+    An ``"attention"`` has the roles q, k, v and out, and the facts, weights and laws of the built-in ones; its number ``scale``
+    multiplies q.k (left out: ``1 / sqrt(h)``). A ``"router"`` has the roles logits and indices, and scores if they differ.
 
     Raises PatternError if the function cannot be traced, names no subgraph, or does not use a parameter.
     """
@@ -124,28 +125,26 @@ def subgraph(
         called = name or str(getattr(function, "__name__", repr(function)))
         traced = trace(function, called)
         _check(traced[0], called, {"layout": layout or (), "weights": weights, "tapped": (tapped,) if tapped else ()})
+        check_kind(kind, called, traced[0], layout or {})
         variants = _variants(traced, called)
         anchors = frozenset().union(*(_spellings(v.motif.forms[v.motif.anchor].op) for v in variants))
 
-        def every(view: GraphView, node: Node) -> tuple[Match, ...] | Miss:
+        shown = Shown(kind, called, dict(layout or {}), facts, tuple(weights), tapped, dict(broken or {}))
+
+        def every(view: GraphView, node: Node) -> list[Match | Miss]:
             misses = []
             for variant in variants:
                 found = search(variant.motif, Target.of(view), node)
                 if not isinstance(found, Stuck):
-                    return tuple(build(view, node, variant.traced, one) for one in found)
+                    return [site(shown, view, node, variant.traced, one) for one in found]
                 misses.append(NearMiss(node, pattern, variant, found))
-            return max(misses, key=lambda miss: miss.share)
+            return [max(misses, key=lambda miss: miss.share)]
 
         def match(view: GraphView, node: Node) -> Match | Miss:
-            found = every(view, node)
-            return found[0] if isinstance(found, tuple) else found
+            return every(view, node)[0]
 
-        def further(view: GraphView, node: Node) -> tuple[Match, ...]:
-            found = every(view, node)
-            return found[1:] if isinstance(found, tuple) else ()
-
-        def build(view: GraphView, node: Node, traced: Traced, found: Found) -> Match:
-            return _match(view, node, pattern, traced, found, layout or {}, facts, weights, tapped)
+        def further(view: GraphView, node: Node) -> list[Match | Miss]:
+            return every(view, node)[1:]
 
         file = getattr(getattr(function, "__code__", None), "co_filename", "")
         used = {node.meta["line"] for variant in variants for node in variant.motif.forms}
@@ -213,64 +212,6 @@ def written(traced: Traced) -> str:
             role = f"  # role `{roles[node]}`" if node in roles else ""
             lines.append(f"{node.name} = {form(node)}{role}")
     return textwrap.indent("\n".join(lines) or "no ops", "    ")
-
-
-def _match(
-    view: GraphView,
-    anchor: Node,
-    pattern: Subgraph,
-    traced: Traced,
-    found: Found,
-    layout: Mapping[str, str],
-    facts: Facts | Callable[[Mapping[str, Any]], Facts] | None,
-    weights: Sequence[str],
-    tapped: str | None,
-) -> Match:
-    at = {role: found[node] for role, node in (*traced.parameters.items(), *traced.results.items()) if node in found}
-    roles = {role: node for role, node in at.items() if isinstance(node, Node)}
-    known = {role: value for role, value in at.items() if not isinstance(value, Node)}
-    reads = tapped or next(iter(traced.results))
-    shown = {role: tensor(node) if isinstance(node, Node) else node for role, node in at.items()}
-    more = facts(shown) if callable(facts) else facts or {}
-    views, sources, notes = {}, {}, []
-    for role in weights:
-        origin = _itself(view, roles[role]) or trace_features(view, roles[role])
-        its = weight_view(view, origin)
-        if its is None or not isinstance(origin, Origin):
-            notes.append(f"{role} was not traced to a weight: {getattr(origin, 'reason', '')}")
-        else:
-            views[f"{role}_weight"], sources[f"{role}_weight"] = its, origin.sources
-    return Match(
-        kind=pattern.kind,
-        pattern=pattern.name,
-        anchor=anchor,
-        roles=roles,
-        tapped=reads,
-        layout=dict(layout),
-        facts={
-            "dtype": str(getattr(tensor(roles[reads]), "dtype", "float32")).removeprefix("torch."),
-            **known,
-            **{key: _plain(value) for key, value in more.items()},
-        },
-        weights=views,
-        sources=sources,
-        notes=tuple(notes),
-    )
-
-
-def _itself(view: GraphView, node: Node) -> Origin | None:
-    """Of a role that is a parameter: all of it, along its last axis."""
-    source, sizes = view.source(node), shape(node)
-    if source not in view.parameters or not sizes:
-        return None
-    return Origin((Link(source, (), Stage(np.arange(sizes[-1])[None, :], (len(sizes) - 1,), (0,))),), source, ())
-
-
-def _plain(value: Any) -> Any:
-    """A fact as a plain value: a symbolic size as it was in the capture."""
-    if isinstance(value, torch.SymInt):
-        return hint(value)
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _words(pattern: Subgraph, variant: Variant, stuck: Stuck) -> str:

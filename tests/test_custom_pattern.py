@@ -15,7 +15,7 @@ import foreshock
 from foreshock.errors import ConfigError
 from foreshock.monitors import Metric, family, metric, register_metrics
 from foreshock.monitors.report import write_report
-from foreshock.patterns import subgraph
+from foreshock.patterns import ANY, subgraph
 
 EXAMPLE = Path(__file__).parents[1] / "examples/custom_pattern.py"
 
@@ -145,6 +145,44 @@ def test_training_is_bitwise_the_same(example: ModuleType, one_thread: None) -> 
     (plain, before), (seen, after) = train(False), train(True)
     assert plain == seen
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@subgraph("attention", facts={"causal": False})
+def shown(q, k, v, *, scale=ANY):
+    return torch.softmax(q @ k.transpose(-2, -1) * scale, -1) @ v
+
+
+def test_an_attention_shown_as_a_function_is_measured_like_a_known_one(one_thread: None) -> None:
+    q, k, v = (torch.randn(2, 3, 8, 4, requires_grad=True) for _ in range(3))
+    weight = torch.nn.Parameter(torch.ones(()))
+
+    def attend(q, k, v):
+        return torch.matmul((torch.matmul(q, k.mT) / 2.0).softmax(-1), v) * weight
+
+    with foreshock.Watch(every=1, inner="eager", strict=True, patterns=[shown]) as watch:
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        torch.compile(attend, backend=watch.backend)(q, k, v).square().sum().backward()
+        optimizer.step()
+        assert [site.pattern for site in watch.sites] == ["shown"]
+        for law in ("law/key_shift", "law/value_mass", "law/euler"):
+            assert watch.series(law)[1].max() < 1e-5
+        assert watch.series("attention/shadow_rms")[1].max() < 1e-5
+        assert q.grad is not None
+        by_head = q.grad.square().sum((0, 2, 3)).sqrt().numpy()
+        np.testing.assert_allclose(watch.series("attention/grad_q_norm")[1][0], by_head, rtol=1e-5)
+
+
+def test_the_code_of_the_documentation_runs(example: ModuleType) -> None:
+    text = (EXAMPLE.parents[1] / "docs/patterns.md").read_text()
+    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(blocks) == 6
+    space: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "docs/patterns.md", "exec"), space)
+        watch = space.pop("watch", None)
+        if isinstance(watch, foreshock.Watch):
+            watch.close()
+    assert {"ATTEND", "ROUTE", "rms_norm", "my_attention", "NORM", "DETECTORS"} <= set(space)
 
 
 def test_a_kind_without_a_probe_is_named_in_the_ledger() -> None:

@@ -48,7 +48,7 @@ WRONG = {
     "position": ({"v": 7}, r"v=7 is beyond its 5 arguments \(queries, keys, values, softmax_scale, is_causal\)"),
     "causal": ({"causal": "causal"}, "did you mean 'is_causal'"),
     "result": ({"output": 1}, r"output=1 is beyond its 1 results"),
-    "layout": ({"layout": "SBHD"}, "give 'BHSD', 'BSHD' or None"),
+    "layout": ({"layout": "SBHD"}, "layout is 'SBHD'; give 'BHSD', 'BSHD'"),
 }
 
 

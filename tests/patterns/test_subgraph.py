@@ -125,6 +125,13 @@ def test_roles_are_what_they_say(capture) -> None:
     assert match.roles["out"] is captured.output
 
 
+def test_an_own_kind_takes_nothing_from_the_known_ones(capture) -> None:
+    found = capture(lambda q, k, v: torch.softmax(q @ k.mT * 0.5, -1) @ v, *_qkv(), extra=(attend,)).findings
+    assert sorted(match.kind for match in found.matches) == ["attention", "products"]
+    shown = capture(lambda q, k, v: torch.softmax(q @ k.mT * 0.5, -1) @ v, *_qkv(), extra=(my_attention,)).match
+    assert shown.pattern == "my_attention"
+
+
 def test_one_tensor_may_play_two_roles(capture) -> None:
     match = _only(capture, attend, lambda q, k: torch.softmax(q @ k.mT * 2.0, -1) @ k, *_qkv(2))
     assert match.roles["k"] is match.roles["v"]
@@ -194,7 +201,7 @@ def test_two_readings_at_one_anchor(capture) -> None:
         p = torch.softmax(q @ k.mT * 2.0, -1)
         return p @ v, p @ w
 
-    found = capture(two, *_qkv(4), extra=(attend,)).findings.matches
+    found = [match for match in capture(two, *_qkv(4), extra=(attend,)).findings.matches if match.kind == "products"]
     assert sorted(match.roles["v"].name for match in found) == ["l_v_", "l_w_"]
     assert len({match.roles["out"] for match in found}) == 2
 
@@ -257,6 +264,131 @@ def test_matching_is_linear_where_everybody_reads_one_tensor(capture) -> None:
         return time.process_time() - start
 
     assert seconds(160) < 16 * seconds(40)
+
+
+@subgraph("attention", facts={"causal": False})
+def my_attention(q, k, v, *, scale=ANY):
+    logits = q @ k.transpose(-2, -1) * scale
+    return {"logits": logits, "out": torch.softmax(logits, -1) @ v}
+
+
+class Written(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(H * D, H * D, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (H, D)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return F.softmax(torch.matmul(q, k.mT) / 2.0, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def test_an_attention_has_the_facts_weights_and_laws_of_the_built_in_one(capture) -> None:
+    x = torch.randn(B, S, H * D)
+    match = _only(capture, my_attention, Written(), x)
+    known = capture(lambda m, x: F.scaled_dot_product_attention(*_heads(m, x), scale=0.5), Written(), x).match
+    for fact in ("heads", "kv_heads", "head_dim", "value_dim", "scale", "dropout", "dtype", "causal"):
+        assert match.facts[fact] == known.facts[fact], fact
+    assert match.laws == known.laws
+    assert set(match.laws.values()) == {""}
+    assert match.weights["q_weight"].names == ("q.weight",)
+    assert match.weights["k_weight"].heads == H
+    for role in ("q", "k", "v"):
+        edge = match.edge(role)
+        assert edge.source is match.roles[role]
+
+
+def _heads(model, x):
+    return (p(x).unflatten(-1, (H, D)).transpose(1, 2) for p in (model.q, model.k, model.v))
+
+
+def test_an_attention_that_caps_its_logits_keeps_the_laws_that_hold(capture) -> None:
+    @subgraph("attention")
+    def capped(q, k, v, *, softcap=ANY):
+        return torch.softmax(torch.tanh(q @ k.mT / softcap) * softcap, -1) @ v
+
+    match = _only(capture, capped, lambda q, k, v: (torch.tanh(q @ k.mT / 30.0) * 30.0).softmax(-1) @ v, *_qkv())
+    assert match.facts["softcap"] == pytest.approx(30.0)
+    assert "capped" in match.laws["law/key_shift"]
+    assert match.laws["law/value_mass"] == match.laws["law/euler"] == ""
+
+
+def test_a_form_shown_goes_before_a_built_in_one_that_begins_elsewhere(capture) -> None:
+    @subgraph("attention")
+    def fancy(q, k, v):
+        return torch.softmax(torch.special.expit(q @ k.mT), -1) @ v
+
+    def call(q, k, v):
+        return torch.softmax(torch.special.expit(q @ k.mT), -1) @ v
+
+    assert fancy.anchors != {"softmax"}
+    assert _only(capture, fancy, call, *_qkv())
+    assert [match.pattern for match in capture(call, *_qkv(), extra=(fancy,)).findings.matches] == ["fancy"]
+
+
+def test_a_tensor_that_enters_twice_is_not_tapped(capture) -> None:
+    @subgraph("attention")
+    def sharpened(q, k, v):
+        return torch.softmax((q @ k.mT) * q.sum(-1, keepdim=True), -1) @ v
+
+    match = _only(
+        capture, sharpened, lambda q, k, v: torch.softmax(torch.sum(q, 3, True) * (q @ k.mT), -1) @ v, *_qkv()
+    )
+    assert match.operands == {}
+    assert "q enters at several places" in match.laws["law/euler"]
+
+
+def test_an_attention_lies_as_the_layout_says(capture) -> None:
+    def call(q, k, v):
+        return my_attention_of_three(q, k, v)
+
+    def my_attention_of_three(q, k, v):
+        return torch.softmax(q @ k.mT * 0.5, -1) @ v
+
+    qkv = [torch.randn(B * H, S, D, requires_grad=True) for _ in range(3)]
+    axes = f"(b h={H}) s d"
+    merged = subgraph("attention", layout=dict.fromkeys(("q", "k", "v", "out"), axes))(my_attention_of_three)
+    assert _only(capture, merged, call, *qkv).facts["heads"] == H
+    silent = subgraph("attention")(my_attention_of_three)
+    assert "say how it lies with layout={'q': ...}" in str(explain(silent, call, *qkv))
+
+
+def test_a_router(capture) -> None:
+    @subgraph("router")
+    def my_router(logits):
+        scores = torch.sigmoid(logits)
+        gates, indices = scores.max(-1, keepdim=True)
+        return {"scores": scores, "indices": indices, "gates": gates}
+
+    class Switch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(D, 4, bias=False)
+
+        def forward(self, x):
+            gates, chosen = torch.sigmoid(self.gate(x)).max(dim=-1, keepdim=True)
+            return gates, chosen
+
+    match = _only(capture, my_router, Switch(), torch.randn(S, D))
+    assert {fact: match.facts[fact] for fact in ("experts", "top_k", "scoring")} == {
+        "experts": 4,
+        "top_k": 1,
+        "scoring": "sigmoid",
+    }
+    assert match.tapped == "logits"
+    assert match.weights["weight"].names == ("gate.weight",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "says"),
+    [
+        ("attention", lambda q, k: q @ k.mT, "an attention needs the role `v`; it has k, out, q"),
+        ("router", lambda logits: logits.softmax(-1), "a router needs the role `indices`"),
+        ("attention", lambda x, k, v: {"q": x.exp(), "out": x.exp() @ k.mT @ v}, "`q` enters an attention"),
+    ],
+)
+def test_a_known_kind_needs_its_roles(kind: str, function, says: str) -> None:
+    with pytest.raises(PatternError, match=says):
+        subgraph(kind)(function)
 
 
 def _branches(x):
