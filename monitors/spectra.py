@@ -153,10 +153,12 @@ def _by_shape(
         at_once = max(1, MOST_NUMBERS // (2 * sum(shape.numel() for shape in shapes_)))
         for start in range(0, len(names), at_once):
             part = names[start : start + at_once]
-            q_side, k_side = (
-                _increment(*(_stacked([getattr(taken[n], role) for n in part], device) for taken in (now, base)), inner)
-                for role, inner in (("q", q_inner), ("k", k_inner))
+            q_now, q_base, k_now, k_base = (
+                _stacked([getattr(taken[n], role) for n in part], device)
+                for role in ("q", "k")
+                for taken in (now, base)
             )
+            q_side, k_side = _increment(q_now, q_base, q_inner), _increment(k_now, k_base, k_inner)
             measured.append((part, _statistics(q_side, k_side, q_map, k_map, age)))
     return measured
 

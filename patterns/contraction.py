@@ -48,7 +48,7 @@ def _within(values: Mapping[Any, Column], letter: Any, size: int) -> Column:
 def contraction(node: Node) -> Contraction | None:
     """``node`` as a contraction of two tensors, or None."""
     rule = _RULES.get(op(node))
-    found = rule(node) if rule is not None else None
+    found: Contraction | None = rule(node) if rule is not None else None
     if found is None or len(found.result) != axes(node):
         return None
     if any(len(letters) != axes(x) for letters, x in zip(found.letters, found.operands, strict=True)):

@@ -203,8 +203,8 @@ def _roll(node: Node, c: Columns) -> Columns | None:
         return None
     sizes = shape(node) or ()
     for shift, dim in pairs:
-        axis, by = dim % axes(node), number(shift) or 0
-        c = _moved(c, axis, lambda column, axis=axis, by=by: (column - by) % sizes[axis])
+        axis = dim % axes(node)
+        c = (*c[:axis], (c[axis] - (number(shift) or 0)) % sizes[axis], *c[axis + 1 :])
     return c
 
 

@@ -146,10 +146,10 @@ def trace(view: GraphView, node: Node, c: Columns, heads: int, channels: int) ->
 
 def _widest(found: list[Trail], heads: int, channels: int) -> tuple[Trail, Positions] | None:
     """Of trails that hold the same channels of every head, the one in which heads differ, then the widest; and its channels."""
-    if found[0].where is None:
-        return found[0], np.arange(channels)
     best: tuple[tuple[bool, int], Trail, Positions] | None = None
     for trail in found:
+        if trail.where is None:
+            return trail, np.arange(channels)
         held = np.zeros((heads, channels), dtype=bool)
         held.reshape(-1)[trail.where] = True
         kept = np.flatnonzero(held[0])
@@ -223,7 +223,7 @@ def _link(pull: Pull, trail: Trail, whole: tuple[int, int]) -> tuple[Link, list[
         head_map=head_map,
         inputs=None if np.array_equal(order, np.arange(math.prod(sizes[a] for a in read))) else np.atleast_1d(order),
         gains=tuple((positions[distinct], gain.offset) for gain, positions in gains),
-        factor=outputs.factor,
+        factor=outputs.factor * trail.factor,
         unit=unit,
     )
     return Link(outputs.node, tuple(gain.parameter for gain, _ in gains), stage, (*outputs.notes, *notes)), distinct

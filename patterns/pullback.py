@@ -17,19 +17,20 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch.fx import Node
 
-from foreshock.patterns.contraction import CONTRACTIONS, Contraction, contraction
-from foreshock.patterns.coordinates import RULES, Columns, broadcast, corner, flat, grid_of, number, piece, taken
-from foreshock.patterns.graph import GraphView, source_name
-from foreshock.patterns.ops import args, argument, op, shape, tensor
-from foreshock.patterns.trail import Found, Gain, Trail, along, each, scaled, united
+from foreshock.patterns.contraction import CONTRACTIONS, contraction
+from foreshock.patterns.coordinates import RULES, Columns, axes, broadcast, corner, flat, grid_of, number, piece, taken
+from foreshock.patterns.crossing import Step, caller, cut, inside, outside
+from foreshock.patterns.graph import GraphView
+from foreshock.patterns.known import FIXED, Known
+from foreshock.patterns.ops import args, argument, op, shape
+from foreshock.patterns.trail import Found, Gain, Trail, along, each, noted, scaled, united
 from foreshock.patterns.writes import Write
 
 # Elementwise functions of the first operand: those that are linear up to the size of a row, and others.
@@ -49,20 +50,8 @@ _NORMS = {  # where the gain stands, and the axis it runs along (None: the last 
     "batch_norm": (3, 1),
     "instance_norm": (3, 1),
 }
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_CONVOLUTIONS = FIXED - {"linear"}
 _DEEPEST = 100  # sums and joins within each other on one trail: a longer one is a residual stream's
-
-Step = tuple[GraphView, Node, Node | None, Columns]  # the next node, in which graph, who reads it, and which elements
-
-
-@dataclass(eq=False)
-class _Memory:
-    """What is known of one capture's nodes, whoever asks."""
-
-    varying: dict[GraphView, set[Node]] = field(default_factory=dict)
-    dead: dict[tuple[GraphView, Node], str] = field(default_factory=dict)
-    leads: dict[tuple[GraphView, Node], Trail | str] = field(default_factory=dict)
-    projections: dict[tuple[GraphView, Node], tuple[Contraction, int] | None] = field(default_factory=dict)
 
 
 def projection_weight(node: Node) -> Any:
@@ -71,7 +60,7 @@ def projection_weight(node: Node) -> Any:
     return None if found is None else found.operands[1]
 
 
-class Pull:
+class Pull(Known):
     """Walks back in one graph and in all that it calls or is called by.
 
     ``straight`` walks keep to what is linear up to the size of a row: no sums or products of several activations, no
@@ -79,12 +68,9 @@ class Pull:
     """
 
     def __init__(self, view: GraphView, *, straight: bool = False) -> None:
-        self.view = self.root = view
-        while self.root.parent is not None:
-            self.root = self.root.parent
+        super().__init__(view)
         self.straight = straight
         self.stops: list[str] = []
-        self._memory: _Memory = self.root.known.setdefault(_Memory, _Memory())
         self._depth = 0
 
     def __call__(self, node: Any, c: Columns, reader: Node | None = None) -> Trail | None:
@@ -103,53 +89,9 @@ class Pull:
             return f"{node} is no tensor of the graph"
         return self._read(self.view, node, reader, c, grid_of(c))
 
-    # -- what is known of a node -----------------------------------------------------------------------------------------
-
-    def projection(self, view: GraphView, node: Node) -> tuple[Contraction, int] | None:
-        """``node`` as a contraction with a weight, and which of its operands that is; None if it is none."""
-        known = self._memory.projections
-        if (view, node) not in known:
-            found = contraction(node)
-            fixed = op(node) == "linear" or op(node) in _CONVOLUTIONS
-            sides = [
-                side
-                for side in ((1,) if fixed else (1, 0))
-                if found and self.is_weight(view, found.operands[side], node)
-            ]
-            known[view, node] = (found, sides[0]) if found and sides else None
-        return known[view, node]
-
-    def is_weight(self, view: GraphView, node: Node, reader: Node) -> bool:
-        """Whether ``node`` holds a parameter and nothing that depends on the input."""
-        return node in self.root.parameters or (
-            not self.varies(view, node) and isinstance(self._lead(view, node, reader), Trail)
-        )
-
-    def varies(self, view: GraphView, node: Any) -> bool:
-        """Whether ``node`` depends on the input, and not on parameters, buffers and constants alone."""
-        known = self._memory.varying.get(view)
-        if known is None:
-            known = self._memory.varying[view] = set()
-            for inner in view.graph.nodes:
-                if inner.op == "placeholder":
-                    where, outer = _outside(view, inner)
-                    if where is view:
-                        changes = tensor(inner) is not None and inner not in view.parameters and not _is_buffer(inner)
-                    else:
-                        changes = self.varies(where, outer)
-                else:
-                    changes = not known.isdisjoint(inner.all_input_nodes)
-                if changes:
-                    known.add(inner)
-        return node in known
-
-    def _lead(self, view: GraphView, node: Node, reader: Node) -> Trail | str:
+    def last(self, view: GraphView, node: Node, reader: Node) -> Found:
         """Where the last element of ``node`` comes from."""
-        known = self._memory.leads
-        if (view, node) not in known:
-            found = self._read(view, node, reader, corner(node), ())
-            known[view, node] = found if isinstance(found, str) else found[0]
-        return known[view, node]
+        return Pull(view)._read(view, node, reader, corner(node), ())
 
     # -- the walk --------------------------------------------------------------------------------------------------------
 
@@ -161,15 +103,15 @@ class Pull:
             if writes:
                 return along(self._overlaid(view, node, c, grid, writes), path)
             if node.op == "placeholder":
-                where, outer = _outside(view, node)
+                where, outer = outside(view, node)
                 if outer in self.root.parameters:
                     return along([Trail(outer, c, self.root)], path)
                 if where is view or not isinstance(outer, Node):
-                    return _cut(node)
-                view, node, reader = where, outer, _caller(view, where)
+                    return cut(node)
+                view, node, reader = where, outer, caller(view, where)
                 continue
-            if (view, node) in self._memory.dead:
-                return self._memory.dead[view, node]
+            if (view, node) in self.memory.dead:
+                return self.memory.dead[view, node]
             if self.projection(view, node) is not None:
                 return along([Trail(node, c, view)], path)
             path.append(node)
@@ -190,7 +132,7 @@ class Pull:
             moved = None if shape(first) is None else broadcast(c, shape(first) or ())
         elif name == "getitem" and isinstance(first, Node) and shape(first) is None:
             if first in view.children:
-                return _inside(view.children[first], first, args(node)[1], c)
+                return inside(view.children[first], first, args(node)[1], c)
             first, source = argument(first, 0, "input"), first
             moved = piece(source, args(node)[1], c) if isinstance(args(node)[1], int) else None
         elif name in _LINEAR or name in _NORMS or name == "_weight_norm" or (name in _BENT and not self.straight):
@@ -208,7 +150,7 @@ class Pull:
         if moved is None or not isinstance(first, Node) or shape(first) is None:
             reason = f"{node.name}: {_why(name)}"
             if not self.straight:
-                self._memory.dead[view, node] = reason
+                self.memory.dead[view, node] = reason
             return reason
         if name in _BENT:
             return each(self._read(view, first, node, moved, grid), lambda trail: replace(trail, bent=True))
@@ -260,8 +202,10 @@ class Pull:
         trail = self._read(view, gain, node, at, grid)
         if isinstance(trail, str) or trail[0].where is not None or trail[0].node not in self.root.parameters:
             return found
-        index = np.asarray(flat(trail[0].coordinates, shape(trail[0].node) or ()))
-        return scaled(found, Gain(trail[0].node, index, trail[0].offset), grid)
+        (one,) = trail
+        index = np.asarray(flat(one.coordinates, shape(one.node) or ()))
+        found = each(found, lambda t: replace(t, factor=t.factor * one.factor))
+        return scaled(found, Gain(one.node, index, one.offset / (one.factor or 1.0)), grid)
 
     # -- several operands ------------------------------------------------------------------------------------------------
 
@@ -318,7 +262,7 @@ class Pull:
         """What is found where ``main``, which leads somewhere, meets a second activation."""
         x, found = main
         other, there = second
-        lead = self._lead(view, other, node)
+        lead = self.lead(view, other, node)
         if isinstance(found, str) or (isinstance(lead, Trail) and any(lead.node is trail.node for trail in found)):
             return found
         adds = name in ("add", "sub")
@@ -333,7 +277,7 @@ class Pull:
             if isinstance(swapped, list):
                 found, left_out = swapped, found[0].node
         note = f"a second projection, {left_out.name}, is added: the factors are of the first alone"
-        return each(found, lambda trail: replace(trail, notes=(*trail.notes, note))) if adds else found
+        return noted(found, note) if adds else found
 
     def _inputs(self, trail: Trail) -> int:
         """How many inputs a projection sums over."""
@@ -350,7 +294,7 @@ class Pull:
         grid: tuple[int, ...],
     ) -> Found:
         """The largest parameter, multiplied by smaller ones and by numbers."""
-        leads = {x: self._lead(view, x, node) for x, _ in pairs}
+        leads = {x: self.lead(view, x, node) for x, _ in pairs}
         alive = [pair for pair in pairs if isinstance(leads[pair[0]], Trail)]
         if not alive:
             return next((lead for lead in leads.values() if isinstance(lead, str)), f"{node.name}: a constant")
@@ -364,14 +308,16 @@ class Pull:
                 found = self._scaled(view, node, found, other, there, grid)
             elif name in ("mul", "div") or isinstance(lead, Trail):
                 note = f"the weight meets {other.name} in {node.name}: the factors are without it"
-                found = each(found, lambda trail, note=note: replace(trail, notes=(*trail.notes, note)))
+                found = noted(found, note)
         n = next((x for x in operands if isinstance(x, int | float) and not isinstance(x, bool)), None)
         if n is None:
             return found
         if name in ("add", "sub"):
-            return each(found, lambda trail: replace(trail, offset=trail.offset + (n if name == "add" else -n)))
-        by = n if name == "mul" else 1 / n if name == "div" and operands[0] is x and n else 1.0
-        return each(found, lambda trail: replace(trail, factor=trail.factor * by))
+            sign = -1.0 if name == "sub" and operands[0] is not x else 1.0
+            by, shift = sign, n if name == "add" else -n * sign
+        else:
+            by, shift = n if name == "mul" else 1 / n if name == "div" and operands[0] is x and n else 1.0, 0.0
+        return each(found, lambda trail: replace(trail, factor=trail.factor * by, offset=trail.offset * by + shift))
 
     def _concatenated(self, view: GraphView, node: Node, name: str, c: Columns, grid: tuple[int, ...]) -> Step | Found:
         """cat, stack and pad: elements from several tensors."""
@@ -383,7 +329,7 @@ class Pull:
                 tensors = [x for x in tensors if len(shape(x) or ()) == len(c)]
             if not tensors:
                 return f"{node.name}: joins nothing that is followed"
-            dims = (tensor(tensors[0]).dim() if tensor(tensors[0]) is not None else 0) + (name == "stack")
+            dims = axes(tensors[0]) + (name == "stack")
             axis = argument(node, 1, "dim", argument(node, 1, "axis", 0)) % dims
             sizes = [1 if name == "stack" else (shape(x) or ())[axis] for x in tensors]
         ends = list(itertools.accumulate(sizes))
@@ -411,48 +357,6 @@ class Pull:
                 found = self._read(view, source, node, of(part, taken(c, grid, rows)), (len(rows),))
             parts.append((rows, found))
         return united(grid, parts)
-
-
-def _outside(view: GraphView, node: Node) -> tuple[GraphView, Any]:
-    """What a body's placeholder is in the graph that calls it, or further out; ``node`` itself in the outermost graph."""
-    found = view.source(node)
-    while isinstance(found, Node) and view.parent is not None and found.graph is not view.graph:
-        view = view.parent
-    return view, found
-
-
-def _caller(view: GraphView, outer: GraphView) -> Node | None:
-    """The call in ``outer`` inside which ``view`` lies."""
-    call = view.call
-    while view.parent is not None and view is not outer:
-        view, call = view.parent, view.call
-    return call
-
-
-def _inside(child: GraphView, call: Node, index: Any, c: Columns) -> Step | str:
-    """Result ``index`` of a call, as its body returns it."""
-    end = next(iter(reversed(child.graph.nodes)))
-    results: Any = end.args[0]
-    if op(call) == "higher_order::autograd_function_apply":
-        results = results[0]
-    results = results if isinstance(results, list | tuple) else (results,)
-    found = results[index] if isinstance(index, int) and index < len(results) else None
-    return (child, found, end, c) if isinstance(found, Node) else f"{call.name}: its result {index} is no tensor"
-
-
-def _cut(node: Node) -> str:
-    """Why a trail ends at a graph input."""
-    if _is_buffer(node):
-        return f"{node.name}: a buffer"
-    places = (
-        re.search(r"torch_dynamo_resume_in_(\w+)_at_(\d+)", n.meta.get("stack_trace") or "") for n in node.graph.nodes
-    )
-    resumed = next((f", resumed in {place[1]} at line {place[2]}" for place in places if place), "")
-    return f"{node.name}: a graph input (the trail was cut by a graph break{resumed}): {source_name(node) or node.name}"
-
-
-def _is_buffer(node: Node) -> bool:
-    return "._buffers[" in source_name(node)
 
 
 def _is_depthwise(node: Node) -> bool:

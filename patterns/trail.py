@@ -28,8 +28,8 @@ class Trail:
 
     ``where`` are the flat positions, in the grid asked for, of the elements that it accounts for (None: all); ``coordinates`` and
     the positions of ``gains`` broadcast to the grid, or have one entry for each of ``where``. ``path`` runs from ``node`` to the
-    start. ``bent``: a nonlinear function stands between. Of a weight, ``offset`` was added to and ``factor`` multiplied with each
-    element, and with ``unit`` each row divided by its norm.
+    start. ``bent``: a nonlinear function stands between. Of a weight, each element was multiplied by ``factor`` and then had
+    ``offset`` added, and with ``unit`` each row was divided by its norm first.
     """
 
     node: Node
@@ -51,6 +51,11 @@ Found = list[Trail] | str  # the reason why there is none
 def each(found: Found, change: Callable[[Trail], Trail]) -> Found:
     """``found`` with every trail changed."""
     return found if isinstance(found, str) else [change(trail) for trail in found]
+
+
+def noted(found: Found, note: str) -> Found:
+    """``found`` with a note more."""
+    return each(found, lambda trail: replace(trail, notes=(*trail.notes, note)))
 
 
 def along(found: Found, path: Sequence[Node]) -> Found:

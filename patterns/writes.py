@@ -35,7 +35,12 @@ class Write:
     def storage_of(node: Node) -> int | None:
         """Identifies the memory of ``node``'s tensor."""
         fake = tensor(node)
-        return None if fake is None or fake.layout is not torch.strided else fake.untyped_storage()._cdata
+        if fake is None or fake.layout is not torch.strided:
+            return None
+        try:
+            return fake.untyped_storage()._cdata
+        except NotImplementedError:  # inside a vmap
+            return None
 
     def locate(self, node: Node, c: Columns) -> tuple[Any, Columns]:
         """Which elements of ``node`` at ``c`` this write covers, and where in the region they lie."""
