@@ -22,7 +22,7 @@ from foreshock.patterns.products import Product, product
 Place = Callable[[Columns], Columns | None]
 
 _NEAR = 64  # nodes seen on the way back at most
-_HIDDEN = -1e3  # a logit below is as good as no key
+HIDDEN = -1e3  # a logit below is as good as no key
 _IDLE = frozenset({"identity", "cast", "nan_to_num"})
 _BENT = frozenset(
     {"tanh", "sigmoid", "relu", "softplus", "dropout", "tril", "triu", "clamp", "clip", "clamp_min", "clamp_max"}
@@ -260,7 +260,7 @@ def _beside(name: str, here: int, beside: Any, way: _Way) -> _Way:
     if name in _SUMS:
         way = _scaled(way, -1.0) if name == "sub" and here == 1 else way
         return _biased(way, beside) if isinstance(beside, Node) else way
-    if name in ("maximum", "max") and number is not None and number <= _HIDDEN:
+    if name in ("maximum", "max") and number is not None and number <= HIDDEN:
         return way
     return way.breaking("the logits are cut off: a shift of all keys moves each logit differently")
 
@@ -272,7 +272,7 @@ def _biased(way: _Way, added: Node) -> _Way:
 
 def _filled(number: Any, way: _Way) -> _Way:
     fill, way = constant(number), replace(way, masked=True)
-    if fill is not None and fill > _HIDDEN:
+    if fill is not None and fill > HIDDEN:
         return way.breaking("masked keys keep a share of each row: their logits do not move with the keys")
     return way
 
@@ -289,7 +289,7 @@ def _bent(node: Node, name: str, way: _Way) -> _Way:
         return way.breaking("the logits are capped: a shift of all keys moves each logit differently")
     if name in ("clamp", "clamp_min", "clip"):
         low, high = argument(node, 1, "min"), argument(node, 2, "max")
-        if high is None and (constant(low) or 0.0) <= _HIDDEN:
+        if high is None and (constant(low) or 0.0) <= HIDDEN:
             return way
     if name == "dropout":
         idle = argument(node, 1, "p", 0.5) == 0.0 or argument(node, 2, "training", True) is False
