@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from foreshock.patterns.coordinates import corner
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import op, shape, tensor, value
+from foreshock.patterns.ops import argument, op, shape, tensor, value
 from foreshock.patterns.pullback import Pull
 
 SCORINGS = {"softmax": "softmax", "log_softmax": "softmax", "sigmoid": "sigmoid", "softplus": "softplus"}
@@ -42,7 +42,8 @@ class Fate:
     """What was seen behind a choice.
 
     ``tokens``: it met activations; ``experts``: weights of three axes; ``dense``: a dense layer; ``compared``: labels or another
-    choice, which is then ``echoed``; ``drawn``: random numbers. ``leaves``: it is a result of the graph; ``weights_leave``: so is
+    choice, which is then ``echoed``; ``drawn``: random numbers. ``rechosen``: some of
+    its scores are chosen again. ``leaves``: it is a result of the graph; ``weights_leave``: so is
     a number or a few a token made from the scores. ``scoring`` follows the selection; ``beside`` is computed of the scores and not
     of the selection. ``pieces`` are its parts at single positions of an axis.
     """
@@ -53,6 +54,7 @@ class Fate:
     compared: bool = False
     echoed: bool = False
     drawn: bool = False
+    rechosen: bool = False
     leaves: bool = False
     weights_leave: bool = False
     scoring: Node | None = None
@@ -62,11 +64,17 @@ class Fate:
 
 @dataclass
 class _Sweep:
+    """Nodes so far: ``derived`` from the scores, ``after`` the selection, of the ``choice``, and ``spent`` on tokens or experts."""
+
     view: GraphView
     own: frozenset[Node]
+    chosen: Node
+    tokens: int
     found: Fate
     derived: set[Node]
+    after: set[Node] = field(default_factory=set)
     choice: set[Node] = field(default_factory=set)
+    spent: set[Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.pull = Pull(self.view)
@@ -97,11 +105,7 @@ class _Sweep:
 
     def ends(self, node: Node) -> bool:
         """Whether what comes out of ``node`` says nothing of the choice any more."""
-        name = op(node)
-        if name == "multinomial":
-            self.found.drawn = True
-            return True
-        if name in _COMPARES:
+        if op(node) in _COMPARES:
             others = [x for x in node.all_input_nodes if x not in self.choice and tensor(x) is not None]
             compared = any(x in self.derived or self.pull.varies(self.view, x) for x in others)
             self.found.echoed |= any(x in self.derived for x in others)
@@ -115,48 +119,48 @@ class _Sweep:
         self.found.dense = True
         return True
 
+    def notes(self, node: Node, selection: Node) -> None:
+        """Take down what ``node`` makes of the scores, where no tokens or experts are in it yet."""
+        found, size, name = self.found, math.prod(shape(node) or (0,)), op(node)
+        if any(user.op == "output" for user in node.users) and size >= self.tokens:
+            indices = not _is_bool(self.chosen)
+            found.leaves |= node in self.choice and (indices or not _is_float(node))
+            found.weights_leave |= _is_float(node) and (node in self.after or size == self.tokens)
+        if node in self.after and node is not selection:
+            found.drawn |= name == "multinomial"
+            found.rechosen |= name == "topk" and _is_last_axis(node)
+        if name in SCORINGS and (shape(node) or (0,))[-1] > 1:
+            if node in self.after:
+                found.scoring = found.scoring or node
+            else:
+                found.beside = found.beside or node
+
 
 def fate(view: GraphView, start: Node, selection: Node, chosen: Node, tokens: int, own: frozenset[Node]) -> Fate:
     """Of the choice ``chosen`` that ``selection`` makes of scores that come from ``start``, for ``tokens`` tokens.
 
     ``own`` are the placeholders of the weight behind the scores. Where experts choose tokens, read ``pieces`` and ``experts``.
     """
-    indices = chosen.meta["example_value"].dtype is not torch.bool
-    sweep = _Sweep(view, own, found := Fate(), {start})
-    derived, choice, after, spent = sweep.derived, sweep.choice, set[Node](), set[Node]()
+    sweep = _Sweep(view, own, chosen, tokens, found := Fate(), {start})
     left = view.order[selection] + _FAR - view.order[start]
     for node in _behind(start):
         left = min(left - 1, _LATE) if found.tokens and found.experts else left - 1
-        before = [source for source in view.dataflow.predecessors(node) if source in derived]
+        before = [source for source in view.dataflow.predecessors(node) if source in sweep.derived]
         if left < 0:
             break
         if not before or isinstance(value(node), int | torch.SymInt):
             continue
-        derived.add(node)
-        if node is selection or any(source in after for source in before):
-            after.add(node)
-        chose = node is chosen or any(source in choice for source in before)
-        if (chose and sweep.meets(node)) or any(source in spent for source in before):
-            spent.add(node)
+        sweep.derived.add(node)
+        if node is selection or not sweep.after.isdisjoint(before):
+            sweep.after.add(node)
+        chose = node is chosen or not sweep.choice.isdisjoint(before)
+        if (chose and sweep.meets(node)) or not sweep.spent.isdisjoint(before):
+            sweep.spent.add(node)
         if chose and not sweep.ends(node):
-            choice.add(node)
-        if node in spent:
-            continue
-        size = math.prod(shape(node) or (0,))
-        if any(user.op == "output" for user in node.users) and size >= tokens:
-            found.leaves |= node in choice and (indices or not _is_float(node))
-            found.weights_leave |= _is_float(node) and (node in after or size == tokens)
-        if op(node) in SCORINGS and (shape(node) or (0,))[-1] > 1:
-            if node in after:
-                found.scoring = found.scoring or node
-            else:
-                found.beside = found.beside or node
-        if (
-            node in choice
-            and node is not chosen
-            and op(node) in ("getitem", "select")
-            and _axes(node) < _axes(node.all_input_nodes[0], 2)
-        ):
+            sweep.choice.add(node)
+        if node not in sweep.spent:
+            sweep.notes(node, selection)
+        if node in sweep.choice and node is not chosen and op(node) in ("getitem", "select") and _is_piece(node):
             found.pieces.add(node)
     return found
 
@@ -165,6 +169,22 @@ def _behind(node: Node) -> Iterator[Node]:
     while node.next.op not in ("output", "root"):
         node = node.next
         yield node
+
+
+def _is_last_axis(node: Node) -> bool:
+    """Whether a topk chooses along the last axis; along another, tokens drop out where an expert is full."""
+    axis = argument(node, 2, "dim", -1)
+    return axis in (-1, len(shape(argument(node, 0, "input")) or ()) - 1)
+
+
+def _is_piece(node: Node) -> bool:
+    """Whether ``node`` holds one position along an axis of what it is taken from, or one of several tensors."""
+    return _axes(node) < _axes(node.all_input_nodes[0], default=2)
+
+
+def _is_bool(node: Node) -> bool:
+    fake = tensor(node)
+    return fake is not None and fake.dtype is torch.bool
 
 
 def _is_float(node: Node) -> bool:

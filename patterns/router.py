@@ -109,6 +109,8 @@ def _unused(view: GraphView, seen: Fate, origin: Origin) -> str:
     """Why a choice among experts is not a router's, or ""."""
     if seen.drawn:
         return "its choice is drawn from at random: sampling"
+    if seen.rechosen:
+        return "what it chooses is chosen from again: keys in parts, and not one row of a weight an expert"
     if seen.tokens or seen.experts or (seen.leaves and seen.weights_leave and _tokens_leave(view, origin)):
         return ""
     if seen.compared:
