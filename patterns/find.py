@@ -80,10 +80,11 @@ def _in_one(
             if isinstance(pattern, Subgraph) and isinstance(here, Match) and here.kind not in _KNOWN:
                 results.append(here)  # the same ops may also be an attention or a router
                 continue
-            if here or found is None or found.quiet:
+            if isinstance(here, Match):
                 found = here
-            if here:
                 break
+            if not isinstance(found, Miss) or found.quiet:
+                found = here
         if not candidates and _is_opaque(node):
             found = described_by_schema(view, node)
         if not candidates and op(node).startswith("higher_order::"):
