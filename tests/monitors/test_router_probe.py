@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foreshock import Watch
+from foreshock.monitors.metrics import metric
 from foreshock.monitors.router_probe import ROUTER, finish, forward
 
 T, E, K = 64, 6, 2
@@ -168,6 +169,118 @@ def test_bins_of_the_margin_add_up() -> None:
         _close(values, whole[name])
 
 
+# -- other ways to choose ------------------------------------------------------------------------------------------------
+
+
+def _same(got, expected) -> None:
+    assert got.keys() >= expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(got[name], values, rtol=1e-6, err_msg=name)
+
+
+def test_transposed_logits_say_the_same() -> None:
+    logits = _logits()
+    scores = logits.softmax(-1)
+    chosen = scores.topk(K)[1]
+    facts = _facts(axes={"logits": 0, "scores": 0, "chosen": 0})
+    _same(_run(facts, logits.T, scores.T, chosen.T), _run(_facts(), logits))
+
+
+def test_scores_may_lie_otherwise_than_logits() -> None:
+    logits = _logits().view(4, 16, E)
+    scores = logits.softmax(-1)
+    facts = _facts(axes={"logits": 2, "scores": 1, "chosen": 1})
+    across = scores.transpose(1, 2)
+    _same(_run(facts, logits, across, across.topk(K, dim=1)[1]), _run(_facts(), logits.view(-1, E)))
+
+
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_two_argmaxes_are_a_top_2(keepdim: bool) -> None:
+    logits = _logits()
+    scores = logits.softmax(-1)
+    first = scores.argmax(-1, keepdim=keepdim)
+    rest = logits.scatter(-1, first.view(-1, 1), -math.inf)
+    facts = _facts(selection="argmax")
+    _same(_run(facts, logits, scores, first, indices_2=rest.argmax(-1, keepdim=keepdim)), _run(_facts(), logits))
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_mask_of_the_top_k_says_the_same(inverted: bool) -> None:
+    logits = _logits()
+    scores = logits.softmax(-1)
+    taken = torch.zeros(T, E).scatter(-1, scores.topk(K)[1], 1.0) > 0
+    facts = _facts(selection="threshold", top_k=None, inverted=inverted)
+    tensors = {"logits": logits, "scores": scores, "chosen": taken ^ inverted}
+    got = _finished(facts, forward(facts, tensors, torch.zeros(0)))
+    _same(got, _run(_facts(), logits))
+    assert got["router/unserved_tokens"] == [0]
+    assert got["router/experts_per_token"] == got["router/experts_per_token_max"] == [K]
+
+
+def test_a_threshold_takes_a_varying_number() -> None:
+    logits = _logits()
+    scores = logits.sigmoid()
+    facts = _facts(scoring="sigmoid", selection="threshold", top_k=None)
+    taken = scores > 0.8
+    got = _finished(facts, forward(facts, {"logits": logits, "scores": scores, "chosen": taken}, torch.zeros(0)))
+    given = taken.sum(-1)
+    assert 0 < (given == 0).sum() < T
+    _close(got["router/unserved_tokens"], (given == 0).double().mean())
+    _close(got["router/experts_per_token"], given.double().mean())
+    _close(got["router/experts_per_token_max"], given.max())
+    _close(got["router/load"], taken.sum(0) / taken.sum())
+    p = scores.double() / scores.double().sum(-1, keepdim=True) * taken
+    _close(got["router/gate_mass"], (p[given > 0] / p[given > 0].sum(-1, keepdim=True)).sum(0) / (given > 0).sum())
+    parted = (given > 0) & (given < E)
+    worst = torch.where(taken, scores.double(), math.inf).amin(-1)
+    best = torch.where(taken, -math.inf, scores.double()).amax(-1)
+    _close(got["router/margin"], (worst - best)[parted].mean())
+
+
+def test_a_threshold_that_takes_nothing() -> None:
+    logits = _logits()
+    facts = _facts(scoring="sigmoid", selection="threshold", top_k=None)
+    tensors = {"logits": logits, "scores": logits.sigmoid(), "chosen": torch.zeros(T, E, dtype=torch.bool)}
+    got = _finished(facts, forward(facts, tensors, torch.zeros(0)))
+    assert got["router/unserved_tokens"] == [1]
+    assert got["router/experts_per_token"] == [0]
+    assert np.isfinite(got["router/entropy"]).all()
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_experts_that_choose_tokens(batched: bool) -> None:
+    logits = _logits().view(4, 16, E) if batched else _logits()
+    scores = logits.softmax(-1).transpose(-1, -2)
+    chosen = scores.topk(5, dim=-1)[1]
+    dims = logits.dim()
+    facts = _facts(selection="tokens", top_k=5, axes={"logits": dims - 1, "scores": dims - 2, "chosen": dims - 1})
+    got = _run(facts, logits, scores, chosen)
+    taken = torch.zeros_like(scores).scatter(-1, chosen, 1.0).transpose(-1, -2).reshape(T, E)
+    _close(got["router/load"], np.full(E, 1 / E))
+    _close(got["router/unserved_tokens"], (taken.sum(-1) == 0).double().mean())
+    _close(got["router/experts_per_token"], taken.sum(-1).double().mean())
+    _close(got["router/experts_per_token_max"], taken.sum(-1).max())
+    assert "router/margin" not in got
+
+
+@pytest.mark.parametrize("scoring", ["softplus", "sqrtsoftplus"])
+def test_scores_of_one_expert_at_a_time(scoring: str) -> None:
+    logits = _logits()
+    scores = torch.nn.functional.softplus(logits)
+    scores = scores.sqrt() if scoring == "sqrtsoftplus" else scores
+    got = _run(_facts(scoring=scoring), logits, scores)
+    p = scores.double() / scores.double().sum(-1, keepdim=True)
+    _close(got["router/entropy"], -torch.special.xlogy(p, p).sum(-1).mean())
+
+
+def test_every_metric_is_described() -> None:
+    logits = _logits()
+    facts = _facts(selection="threshold", top_k=None)
+    tensors = {"logits": logits, "scores": logits, "chosen": logits > 0, "input": logits}
+    for name in _finished(facts, forward(facts, tensors, torch.zeros(0))):
+        assert metric(name).name == name
+
+
 # -- through a compiled model --------------------------------------------------------------------------------------------
 
 
@@ -220,3 +333,55 @@ def test_a_compiled_model_says_the_same(one_thread, inner: str, scoring: str) ->
     _close(got["router/grad_norm"], torch.cat(gradients).square().sum().sqrt())
     _close(got["router/input_rms"], x.double().square().mean().sqrt())
     assert got["router/grad_nonfinite"] == [0]
+
+
+class Argmaxes(Mixture):
+    """Two experts a token by two argmaxes."""
+
+    def forward(self, x_TD):
+        scores_TE = self.gate(x_TD).softmax(-1)
+        first_T = scores_TE.argmax(-1)
+        rest_TE = scores_TE.masked_fill(torch.nn.functional.one_hot(first_T, E).bool(), 0.0)
+        chosen_TK = torch.stack([first_T, rest_TE.argmax(-1)], -1)
+        combine_TE = torch.zeros_like(scores_TE).scatter(-1, chosen_TK, scores_TE.gather(-1, chosen_TK))
+        return torch.einsum("te,td,edf->tf", combine_TE, x_TD, self.experts)
+
+
+class Threshold(Mixture):
+    def forward(self, x_TD):
+        scores_TE = self.gate(x_TD).softmax(-1)
+        return torch.einsum("te,td,edf->tf", scores_TE * (scores_TE > 0.2), x_TD, self.experts)
+
+
+class ExpertChoice(Mixture):
+    def forward(self, x_TD):
+        weights_EC, chosen_EC = self.gate(x_TD).softmax(-1).T.topk(8, dim=-1)
+        y_ECD = torch.bmm(x_TD[chosen_EC.reshape(-1)].view(E, 8, 8), self.experts) * weights_EC.unsqueeze(-1)
+        return torch.zeros_like(x_TD).index_add(0, chosen_EC.reshape(-1), y_ECD.reshape(-1, 8))
+
+
+@pytest.mark.parametrize("kind", [Argmaxes, Threshold, ExpertChoice])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_other_choices_in_a_compiled_model(one_thread, inner: str, kind: type[Mixture]) -> None:
+    model, x = kind("softmax"), torch.randn(T, 8)
+    scores = model.gate(x).softmax(-1).detach()
+    taken = {
+        Argmaxes: torch.zeros(T, E).scatter(-1, scores.topk(2)[1], 1.0),
+        Threshold: (scores > 0.2).float(),
+        ExpertChoice: torch.zeros(E, T).scatter(-1, scores.T.topk(8)[1], 1.0).T,
+    }[kind]
+    with Watch(every=1, inner=inner, strict=True) as watch:
+        compiled = torch.compile(model, backend=watch.backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loss = compiled(x).square().sum()
+        loss.backward()
+        torch.testing.assert_close(loss.detach(), model(x).square().sum().detach())
+        optimizer.step()
+        got = {name: watch.series(name)[1].reshape(-1) for name in watch.metrics()}
+        (site,) = watch.sites
+    assert site.selection == {Argmaxes: "argmax", Threshold: "threshold", ExpertChoice: "tokens"}[kind]
+    _close(got["router/load"], taken.sum(0) / taken.sum())
+    assert got["router/grad_norm"] > 0
+    if kind is not Argmaxes:
+        _close(got["router/unserved_tokens"], (taken.sum(-1) == 0).double().mean())
+        _close(got["router/experts_per_token"], taken.sum(-1).double().mean())
