@@ -75,7 +75,9 @@ class _Write(TorchFunctionMode):
 
     def _append(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         args, kwargs = map_aggregate((args, kwargs), self.node_of)  # type: ignore[misc]
-        if _is_method(func):
+        if _is_method(func) and hasattr(operator, func.__name__):
+            node = self.graph.call_function(getattr(operator, func.__name__), args, kwargs)
+        elif _is_method(func):
             node = self.graph.call_method(func.__name__, args, kwargs)
         else:
             node = self.graph.call_function(func, args, kwargs)

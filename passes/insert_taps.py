@@ -13,6 +13,7 @@ from torch.fx import Node
 from foreshock.layout import canonical
 from foreshock.passes.plan import Frame, Plan, Quantity, SitePlan, add, before, version
 from foreshock.passes.taps import ENTER, LEAVE, register_statistics
+from foreshock.patterns import GraphView
 from foreshock.patterns.pattern import Edge, Match
 
 _PASS = "insert_taps"
@@ -23,7 +24,6 @@ def insert_tap(plan: Plan, frame: Frame, site: SitePlan) -> None:
     if site.probe.backward is None or not _differentiable(site):
         return
     try:
-        _refuse_writes(frame, site)
         _insert(plan, frame, site)
     except Exception as error:
         plan.fail(f"gradient tap at {site.label}", error)
@@ -38,14 +38,15 @@ def _differentiable(site: SitePlan) -> bool:
     return bool(fakes) and all(isinstance(fake, torch.Tensor) and fake.requires_grad for fake in fakes)
 
 
-def _refuse_writes(frame: Frame, site: SitePlan) -> None:
-    """What stands behind a tap is a view of an autograd function: PyTorch forbids writing into it."""
-    match = site.match
-    for role in ("out",) if match.operands else _tapped(site):
-        end = next(iter(reversed(frame.graph.nodes)))
-        written = frame.view.written(match.roles[role], end) if role in match.roles else []
+def untappable(view: GraphView, match: Match) -> str:
+    """Why no tap may stand at ``match``, or "": what stands behind one is a view of an autograd function, and PyTorch forbids
+    writing into it."""
+    end = next(iter(reversed(view.graph.nodes)))
+    for role in ("out",) if match.operands else filter(None, (match.tapped,)):
+        written = view.written(match.roles[role], end) if role in match.roles else []
         if written:
-            raise ValueError(f"`{written[0].node.name}` writes into {role} in place, which a tap forbids")
+            return f"`{written[0].node.name}` writes into {role} in place: no gradients are read"
+    return ""
 
 
 def _insert(plan: Plan, frame: Frame, site: SitePlan) -> None:

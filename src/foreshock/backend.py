@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.fx import GraphModule
 
 from foreshock import _torch
 from foreshock.instances import Held, Instance
-from foreshock.passes import Plan, SitePlan, copy_graph, expand, instrument
+from foreshock.passes import Plan, SitePlan, copy_graph, expand, instrument, untappable
 from foreshock.patterns import Findings, GraphView, Match, find
 from foreshock.patterns.graph import module_of
 from foreshock.records import Facts
@@ -126,6 +127,7 @@ class Backend:
             told = f"{where}: found by `{match.pattern}`, but no probe measures sites of kind `{match.kind}`"
             self._watch.note_unmatched(f"{told}; give one to Watch(probes=[...])")
             return None
+        match = _without_taps(match, untappable(match.view, match)) if match.view is not None else match
         facts = _facts(match, self._watch.settings.rows)
         return SitePlan(index, module_of(match.anchor) or match.anchor.name, match, probe, facts)
 
@@ -156,6 +158,13 @@ class Backend:
             return found
 
         return resolve
+
+
+def _without_taps(match: Match, reason: str) -> Match:
+    """``match`` as it is, or for a reason without gradients and so without laws."""
+    if not reason:
+        return match
+    return replace(match, operands={}, tapped=None, laws=dict.fromkeys(match.laws, reason)).with_note(reason)
 
 
 def _sizes(fake: Any) -> tuple[Any, ...]:

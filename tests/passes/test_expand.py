@@ -58,3 +58,21 @@ def test_the_place_in_the_users_code_is_kept(one_thread) -> None:
     module = nn.MultiheadAttention(D, H, kdim=KV, vdim=KV)
     _, (match,), _ = _run(module, False, need_weights=False)
     assert "test_expand.py" in match.anchor.meta["stack_trace"]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_fused_projection_of_self_attention_is_traced(need_weights: bool) -> None:
+    module = nn.MultiheadAttention(D, H)
+    names: list[tuple[str, ...]] = []
+
+    def backend(captured, inputs):
+        copied, _ = copy_graph(captured)
+        expand(copied)
+        matches = find(GraphView.of(copied.graph, inputs)).matches
+        names.extend(view.names for match in matches for view in match.weights.values())
+        return captured.forward
+
+    torch._dynamo.reset()
+    x = torch.randn(S, B, D, requires_grad=True)
+    torch.compile(lambda x: module(x, x, x, need_weights=need_weights)[0], backend=backend)(x)
+    assert [parts[0].rpartition(".")[2] for parts in names] == ["in_proj_weight", "in_proj_weight"]
