@@ -57,7 +57,13 @@ class GraphView:
             for node, example in zip(placeholders, example_inputs, strict=False)
             if isinstance(example, torch.nn.Parameter) or source_name(node).find("._parameters[") >= 0
         }
-        names = {node: name_of(parameter) or module_path(source_name(node)) for node, parameter in parameters.items()}
+        roots = {_root(source_name(node)) for node in parameters}
+        root = (
+            roots.pop() if len(roots) == 1 else ""
+        )  # the one object that all parameters belong to goes without saying
+        names = {
+            node: name_of(parameter) or module_path(source_name(node), root) for node, parameter in parameters.items()
+        }
         return cls(graph, parameters, names)
 
     @functools.cached_property
@@ -150,15 +156,23 @@ def source_name(node: Node) -> str:
     return str(name() if callable(name) else name)
 
 
-def module_path(source: str) -> str:
-    """``L['self']._modules['layers']._modules['0']._parameters['weight']`` -> ``layers.0.weight``."""
-    path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", source)
+def _root(source: str) -> str:
+    """``L['model']._modules['layers']`` -> ``L['model']``."""
+    found = re.match(r"[LG]\['[^']*'\]", source)
+    return found[0] if found else ""
+
+
+def module_path(source: str, root: str = "") -> str:
+    """``L['self']._modules['layers']._modules['0']._parameters['weight']`` -> ``layers.0.weight``. ``root`` is left out."""
+    path = source.removeprefix(root)
+    path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     path = re.sub(r"^(?:[LG]\['(?:self|fn)'\]|L\['([^']*)'\]|G\['([^']*)'\])", r"\1\2", path)
-    return path.lstrip(".") or source
+    return path.lstrip(".") or ("" if source == root else source)
 
 
 def module_of(node: Node) -> str:
-    """The path of the module whose forward made ``node``, as far as Dynamo recorded it."""
+    """The path of the module whose forward made ``node`` below the outermost one, as far as Dynamo recorded it."""
     stack = node.meta.get("nn_module_stack")
-    return module_path(next(reversed(stack.values()))[0]) if stack else ""
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return module_path(path, _root(path))

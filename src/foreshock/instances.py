@@ -79,7 +79,7 @@ class Instances:
         moved = any(view.resolve() is not match.weights[role].resolve() for role, view in weights.items())
         if paths:
             shared = ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False)))
-            name = (shared if moved else _completed(name, shared)) or name
+            name = _located("" if name == match.anchor.name else name, shared, moved) or name
         everything: dict[str, Any] = {**match.facts, **weights}
         own = {key: value for key, value in everything.items() if key in _FIELDS}
         further = {key: value for key, value in match.facts.items() if key not in _FIELDS}
@@ -104,7 +104,10 @@ class Instances:
         return candidate
 
 
-def _completed(name: str, path: str) -> str:
-    """``name``, known from the compiled module down, with what ``path``, known from the model down, has in front of it."""
-    at = f".{path}.".rfind(f".{name}.")
-    return path[: at + len(name)] if name and at > 0 else name or path
+def _located(name: str, path: str, moved: bool) -> str:
+    """``name``, known from the compiled module down, with what ``path``, known from the model down, has in front of it.
+
+    ``moved``: the call has other parameters than the capture had, so that a name which ``path`` does not hold is another's.
+    """
+    at = f".{path}.".rfind(f".{name}.") if name else -1
+    return path[: at + len(name)] if at >= 0 else path if moved or not name else name
