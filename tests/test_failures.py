@@ -295,7 +295,7 @@ def test_later_sampling_meets_the_same_failures(plain, warnings_logged, cause: s
 
 def test_an_output_written_in_place_keeps_its_forward_probes(one_thread, capture) -> None:
     torch._dynamo.reset()
-    projection = torch.nn.Linear(8, 24)
+    projection, another = torch.nn.Linear(8, 24), torch.nn.Linear(8, 24)
 
     def attend(x):
         q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in projection(x).chunk(3, -1))
@@ -303,7 +303,7 @@ def test_an_output_written_in_place_keeps_its_forward_probes(one_thread, capture
         return out.mul_(2)
 
     def in_place(x):
-        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in projection(x).chunk(3, -1))
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in another(x).chunk(3, -1))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).mul_(2)
 
     with Watch(every=1, inner="eager", strict=True) as watch:
