@@ -31,7 +31,7 @@ _ALIASES = {
     "flatten": "reshape", "unflatten": "reshape", "unsqueeze": "reshape", "squeeze": "reshape",
     "contiguous": "identity", "clone": "identity", "detach": "identity", "alias": "identity", "lift_fresh_copy": "identity",
     "swapaxes": "transpose", "moveaxis": "movedim", "swapdims": "transpose", "expand_as": "expand", "broadcast_to": "expand",
-    "split_with_sizes": "split", "concat": "cat", "concatenate": "cat",
+    "split_with_sizes": "split", "__getitem__": "getitem", "concat": "cat", "concatenate": "cat",
     "attr.T": "t", "attr.mT": "mT", "attr.data": "identity", "numpy_T": "t",
     "_softmax": "softmax", "mm": "matmul", "bmm": "matmul", "feature_dropout": "dropout", "native_dropout": "dropout",
     "select_scatter": "other",

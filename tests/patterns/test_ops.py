@@ -144,6 +144,7 @@ def test_dunders_and_a_trailing_underscore_are_told_apart() -> None:
     x = graph.placeholder("x")
     assert op(graph.call_method("clamp_", (x,))) == "clamp"
     assert op(graph.call_method("__foo__", (x,))) == "__foo__"
+    assert op(graph.call_method("__getitem__", (x, 0))) == "getitem"
 
 
 def test_argument_by_place_and_by_name(capture) -> None:
