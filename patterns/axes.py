@@ -139,10 +139,12 @@ def _channels(view: GraphView, operand: Operand, c: Columns | None, count: int) 
         for trail in trails:
             product = pull.projection(trail.view, trail.node)
             where = np.arange(count) if trail.where is None else trail.where
-            columns: Sequence[Any] = trail.coordinates
-            if product is not None:
-                met, side = product
-                columns = [x for x, letter in zip(columns, met.result, strict=True) if letter in met.letters[side]]
+            if product is None:
+                return None  # elements of a parameter itself: positions differ as heads do
+            met, side = product
+            columns = [
+                x for x, letter in zip(trail.coordinates, met.result, strict=True) if letter in met.letters[side]
+            ]
             rows = np.stack([np.broadcast_to(column, len(where)) for column in (*columns, 0)], axis=1)
             _, inverse = np.unique(rows, axis=0, return_inverse=True)
             label[where] = inverse.reshape(-1) + seen

@@ -29,6 +29,9 @@ _BENT = frozenset(
 )
 _SUMS = frozenset({"add", "sub"})
 _SCALED = frozenset({"mul", "div"})
+_MEASURES = frozenset(
+    {"max", "amax", "logsumexp", "size", "attr.shape", "attr.dtype", "attr.device", "sum"}
+)  # of a softmax by hand
 _LIMITS = frozenset({"maximum", "minimum", "max", "min"})
 
 
@@ -85,8 +88,12 @@ def products_before(view: GraphView, logits: Node, keys: Columns, reader: Node) 
         if node in seen:
             continue
         seen.add(node)
+        own = {user}
         for write in view.written(node, user):
             way = _written(write.node, way)
+            own.add(write.node)
+        if any(op(other) not in _MEASURES and other not in own for other in node.users):
+            way = way.breaking("the logits are read elsewhere too: their gradient is not that of one softmax")
         found = product(node)
         if found is not None and _meets(found, way):
             beta = argument(node, 3, "beta", 1)
@@ -184,8 +191,8 @@ def mixed(node: Node, keys: Columns) -> tuple[Node, Place] | None:
     moving = {letter for letter, column in zip(found.result, keys, strict=True) if np.ndim(column)}
     for side in (0, 1):
         own, weight = found.sizes(side), found.sizes(1 - side)
-        summed = [letter for letter in weight if letter in own and letter not in found.result]
-        heads = [letter for letter in weight if letter not in own]
+        summed = [letter for letter, n in weight.items() if n > 1 and letter in own and letter not in found.result]
+        heads = [letter for letter, n in weight.items() if n > 1 and letter not in own]
         held = found.edges[1 - side].source.op in ("placeholder", "get_attr")
         if held and moving <= set(own) and not moving & set(weight) and len(summed) == 1 and len(heads) == 1:
             (one,), (other,) = summed, heads

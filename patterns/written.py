@@ -30,6 +30,7 @@ from foreshock.patterns.softmax import ANCHORS, Softmax, Use, softmax, uses
 from foreshock.patterns.writes import Write
 
 NAME = "written-out attention"
+_READERS = frozenset({"softmax", "sub", "exp", "log_softmax"})
 _TRANSPOSED = frozenset({"transpose", "permute", "mT", "t", "movedim"})
 
 
@@ -58,7 +59,8 @@ WRITTEN = Pattern(NAME, ANCHORS, _match)
 
 def _reader(found: Softmax) -> Node:
     """The node that reads the logits: a shift by the row's maximum may stand before the softmax itself."""
-    return next(iter(found.logits.users))
+    readers = [user for user in found.logits.users if op(user) in _READERS]
+    return readers[0] if readers else found.weights
 
 
 def _kept_keys(use: Use, found: Softmax) -> tuple[int, int] | None:
@@ -109,11 +111,11 @@ def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> 
     pull = Pull(view)
     for role, edge in (("keys", k), ("values", v)):
         if not pull.varies(view, edge.source):
-            return f"softmax between two products, but its {role}, `{edge.source.name}`, are a constant or a parameter"
+            return f"softmax between two products, but its {role}, {_called(view, edge.source)}, are a constant or a parameter"
     if pull.varies(view, q.source):
         return ""
     # A fixed query is one of a pooling attention if keys and values are two projections; else it is a gate or a dispatch.
-    reason = f"softmax between two products, but its queries, `{q.source.name}`, are a parameter"
+    reason = f"softmax between two products, but its queries, {_called(view, q.source)}, are a parameter"
     if op(met.node) in ("linear", "addmm"):
         return f"{reason} that projects one input"
     ends = [Pull(view)(edge.source, corner(edge.source), edge.node) for edge in (k, v)]
@@ -130,6 +132,10 @@ def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> 
     if bare and any(op(step) not in copies for step in of_keys.path):
         return f"{reason}, and its keys are no projection"
     return ""
+
+
+def _called(view: GraphView, node: Node) -> str:
+    return f"`{view.names.get(view.source(node), node.name)}`"
 
 
 def _site(
