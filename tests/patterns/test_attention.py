@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from foreshock import patterns
 from foreshock.errors import PatternError
+from foreshock.layout import canonical
 from foreshock.patterns import Match, Miss, Pattern, attention_op
 from foreshock.patterns.ops import op
 
@@ -136,6 +137,97 @@ def test_cross_attention_with_other_lengths_and_value_width(capture) -> None:
     match = capture(Cross(), _x(), torch.randn(B, 9, HIDDEN)).match
     assert (match.facts["head_dim"], match.facts["value_dim"]) == (D, 3)
     assert match.weights["q_weight"].names == ("q.weight",)
+
+
+class Shaped(nn.Module):
+    """Heads cut and put wherever ``shape`` puts them; ``[B, S, H, h]`` comes in."""
+
+    def __init__(self, shape, call=sdpa):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(HIDDEN, H * D, bias=False) for _ in range(3))
+        self.shape, self.call = shape, call
+
+    def forward(self, x):
+        return self.call(*(self.shape(y(x).view(*x.shape[:2], H, D)) for y in (self.q, self.k, self.v)))
+
+
+LIES = {
+    "heads before batch": (lambda y: y.permute(2, 0, 1, 3), "h b s d", H, D),
+    "one head, no axis for it": (lambda y: y.flatten(2), "b s d", 1, H * D),
+    "heads merged into the batch": (lambda y: y.transpose(1, 2).flatten(0, 1), f"(b h={H}) s d", H, D),
+    "batch merged into heads": (lambda y: y.permute(2, 0, 1, 3).flatten(0, 1), f"(h={H} b) s d", H, D),
+    "heads in groups": (lambda y: y.transpose(1, 2).unflatten(1, (2, 2)), "b h0 h1 s d", H, D),
+    "windows": (lambda y: y.unflatten(1, (2, S // 2)).transpose(2, 3), "b0 b1 h s d", H, D),
+    "windows merged into the batch": (
+        lambda y: y.unflatten(1, (2, S // 2)).flatten(0, 1).transpose(1, 2), "b h s d", H, D,
+    ),
+    "a batch instead of heads": (lambda y: y.flatten(2).unflatten(1, (2, S // 2)), "b0 b1 s d", 1, H * D),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_heads_are_told_from_batches_by_the_weights(capture, lie: str) -> None:
+    shape, layout, heads, head_dim = LIES[lie]
+    model, x = Shaped(shape), _x()
+    captured = capture(model, x)
+    match = captured.match
+    assert set(match.layout.values()) == {layout}
+    assert (match.facts["heads"], match.facts["head_dim"]) == (heads, head_dim)
+    assert set(match.laws.values()) == {""}
+    q = canonical(shape(model.q(x).view(B, S, H, D)), layout)
+    for head in range(heads):
+        made = x @ match.weights["q_weight"].factor(head)
+        torch.testing.assert_close(q[:, head].reshape(B, S, head_dim), made)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "layout"),
+    [((S, D), "s d"), ((B, S, D), "b s d"), ((B, H, S, D), "b h s d"), ((B, 3, H, S, D), "b0 b1 h s d")],
+)
+def test_without_weights_heads_stand_before_positions(capture, sizes: tuple[int, ...], layout: str) -> None:
+    q = torch.randn(sizes, requires_grad=True)
+    assert set(capture(sdpa, q, q, q).match.layout.values()) == {layout}
+
+
+def test_a_mask_lies_as_the_frame_does(capture) -> None:
+    def call(q, k, v):
+        return sdpa(q, k, v, attn_mask=torch.zeros(B, 1, 1, S))
+
+    match = capture(Attention(call), _x()).match
+    assert match.layout["mask"].split()[-1] == "d"
+    assert canonical(torch.zeros(B, 1, 1, S), match.layout["mask"]).shape == (B, 1, 1, S)
+    assert match.facts["masked"]
+    assert "recompute" not in match.facts
+
+
+def test_a_mask_that_differs_over_part_of_the_batch_keeps_recomputed_rows_out(capture) -> None:
+    def call(q, k, v):
+        return sdpa(q, k, v, attn_mask=torch.zeros(2, 1, 1, S // 2, S // 2))
+
+    match = capture(Shaped(LIES["windows"][0], call), _x()).match
+    assert "mask" not in match.roles
+    assert match.facts["recompute"] is False
+    assert any("mask" in note for note in match.notes)
+
+
+def test_keys_of_one_sequence_serve_a_batch(capture) -> None:
+    class Shared(Attention):
+        def forward(self, x):
+            return self.call(self.heads(self.q(x)), self.heads(self.k(x[:1])), self.heads(self.v(x[:1])))
+
+    match = capture(Shared(lambda q, k, v: sdpa(q, k, v)), _x()).match
+    assert set(match.laws.values()) == {""}
+    assert match.weights["k_weight"].names == ("k.weight",)
+
+
+def test_a_query_that_serves_a_batch_is_not_tapped(capture) -> None:
+    class Pooling(Attention):
+        def forward(self, x):
+            return self.call(self.heads(self.q(x[:1])), self.heads(self.k(x)), self.heads(self.v(x)))
+
+    match = capture(Pooling(lambda q, k, v: sdpa(q, k, v)), _x()).match
+    assert match.operands == {}
+    assert set(match.laws.values()) == {"one query serves a whole batch: gradients are not read"}
 
 
 def test_near_misses_say_why(capture) -> None:
