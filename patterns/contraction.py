@@ -137,6 +137,12 @@ def _convolution(node: Node) -> Contraction | None:
     return _of(x, weight, (["b", "i", *places], ["o", "i", *taps]), ["b", "o", *places])
 
 
+def is_depthwise(node: Node) -> bool:
+    """A convolution of each channel by itself."""
+    x, weight = shape(argument(node, 0, "input")) or (), shape(argument(node, 1, "weight")) or ()
+    return len(x) == len(weight) > 2 and weight[1] == 1 and argument(node, 6, "groups", 1) == weight[0] == x[1]
+
+
 _RULES: Mapping[str, Any] = {
     "linear": _linear,
     "matmul": _matmul,

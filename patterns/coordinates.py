@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.fx import Node
 
 from foreshock.patterns.ops import args, argument, hint, op, shape, tensor, value
@@ -282,6 +283,33 @@ RULES: Mapping[str, Callable[[Node, Columns], Columns | None]] = {
     "getitem": _getitem,
 }
 
+
+def anywhere(node: Node, c: Columns) -> tuple[Columns, Columns] | None:
+    """Where a tensor of indices chooses along an axis: coordinates in case it chose the first everywhere, and the last."""
+    source, name = shape(args(node)[0]) if args(node) else None, op(node)
+    if source is None:
+        return None
+    taken, given = 1, 1
+    if name in ("index_select", "gather", "take_along_dim"):
+        axis = argument(node, 1, "dim")
+        if not isinstance(axis, int):
+            return None
+        axis %= axes(node)
+    elif name == "getitem":
+        parts = args(node)[1] if isinstance(args(node)[1], tuple) else (args(node)[1],)
+        found = [i for i, part in enumerate(parts) if tensor(part) is not None]
+        if len(found) != 1 or any(part != slice(None) for i, part in enumerate(parts) if i != found[0]):
+            return None
+        axis, given = found[0], axes(parts[found[0]])
+        if getattr(tensor(parts[axis]), "dtype", None) == torch.bool:
+            taken, given = given, 1
+    else:
+        return None
+    ends = [tuple(size - 1 for size in source[axis : axis + taken]), (0,) * taken]
+    first, last = ((*c[:axis], *end, *c[axis + given :]) for end in reversed(ends))
+    return first, last
+
+
 _PIECES = frozenset({"split", "chunk", "tensor_split", "unbind"})
 _HOW = ("split_size_or_sections", "split_size", "chunks", "indices_or_sections", "indices", "sections")
 
@@ -318,3 +346,15 @@ def _start(name: str, how: Any, index: int, length: int) -> int | None:
         return at * (length // count) + min(at, length % count)
     step = count if name == "split" else -(-length // count)
     return (index if index >= 0 else -(-length // step) + index) * step
+
+
+def padded(node: Node, c: Columns) -> tuple[list[Node | None], int, list[int], Columns]:
+    """Padding as a concatenation along the last axis; along others, where no channels are, the nearest element stands in."""
+    x, pad = args(node)[0], list(argument(node, 1, "pad"))
+    sizes, moved = shape(x) or (), list(c)
+    for i in range(len(pad) // 2):
+        axis, before = len(sizes) - 1 - i, number(pad[2 * i]) or 0
+        if i:
+            moved[axis] = np.clip(moved[axis] - before, 0, sizes[axis] - 1)
+    before, after = (number(side) or 0 for side in pad[:2])
+    return [None, x, None], len(sizes) - 1, [before, sizes[-1], after], tuple(moved)

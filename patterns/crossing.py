@@ -10,6 +10,7 @@ from torch.fx import Node
 from foreshock.patterns.coordinates import Columns
 from foreshock.patterns.graph import GraphView, source_name
 from foreshock.patterns.ops import op
+from foreshock.patterns.trail import Trail
 
 Step = tuple[GraphView, Node, Node | None, Columns]  # the next node, in which graph, who reads it, and which elements
 
@@ -54,3 +55,11 @@ def cut(node: Node) -> str:
 
 def is_buffer(node: Node) -> bool:
     return "._buffers[" in source_name(node)
+
+
+def makes(view: GraphView, node: Node, trail: Trail) -> bool:
+    """Whether the projection at the end of ``trail`` is made from ``node``, not far away."""
+    end, where = trail.node, trail.view
+    while where is not view and where.parent is not None and where.call is not None:
+        end, where = where.call, where.parent
+    return where is view and end in view.forward_slice(node)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch.fx import Node
 
 from foreshock.patterns.contraction import Contraction, contraction
@@ -70,6 +71,18 @@ class Known(ABC):
         if view not in self.memory.varying:
             self.memory.varying[view] = self._varying(view)
         return node in self.memory.varying[view]
+
+    def alike(self, one: Found, other: Found) -> bool:
+        """Whether both are the same channels of the same projection, whatever the positions."""
+        if isinstance(one, str) or isinstance(other, str) or not len(one) == len(other) == 1:
+            return False
+        a, b = one[0], other[0]
+        product = self.projection(a.view, a.node)
+        if a.node is not b.node or product is None or a.where is not None or b.where is not None:
+            return False
+        met, side = product
+        pairs = zip(met.result, a.coordinates, b.coordinates, strict=True)
+        return all(np.array_equal(x, y) for letter, x, y in pairs if letter in met.letters[side])
 
     def _varying(self, view: GraphView) -> set[Node]:
         known: set[Node] = set()

@@ -24,14 +24,26 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from foreshock.patterns.contraction import CONTRACTIONS, contraction
-from foreshock.patterns.coordinates import RULES, Columns, axes, broadcast, corner, flat, grid_of, number, piece, taken
-from foreshock.patterns.crossing import Step, caller, cut, inside, outside
+from foreshock.patterns.contraction import CONTRACTIONS, contraction, is_depthwise
+from foreshock.patterns.coordinates import (
+    RULES,
+    Columns,
+    anywhere,
+    axes,
+    broadcast,
+    corner,
+    flat,
+    grid_of,
+    padded,
+    piece,
+    taken,
+)
+from foreshock.patterns.crossing import Step, caller, cut, inside, makes, outside
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.known import FIXED, Known
 from foreshock.patterns.ops import args, argument, op, shape
 from foreshock.patterns.trail import Found, Gain, Trail, along, each, noted, scaled, united
-from foreshock.patterns.writes import Write
+from foreshock.patterns.writes import Write, through_memory
 
 # Elementwise functions of the first operand: those that are linear up to the size of a row, and others.
 _LINEAR = frozenset(
@@ -145,8 +157,14 @@ class Pull(Known):
             moved = c  # a number is stored in places
         elif name in RULES:
             moved = RULES[name](node, c)
-        elif name in _CONVOLUTIONS and _is_depthwise(node):
+        elif name in _CONVOLUTIONS and is_depthwise(node):
             moved = tuple(np.minimum(column, size - 1) for column, size in zip(c, shape(first) or (), strict=True))
+        if moved is None and isinstance(first, Node) and shape(first) is not None:
+            guesses = anywhere(node, c)
+            if guesses is not None and self._depth < _DEEPEST // 4:
+                return self._agreed(view, node, first, guesses, grid)
+            if all(write.node is not node for write in view.writes.get(Write.storage_of(node) or 0, ())):
+                moved = through_memory(node, first, c)
         if moved is None or not isinstance(first, Node) or shape(first) is None:
             reason = f"{node.name}: {_why(name)}"
             if not self.straight:
@@ -157,6 +175,17 @@ class Pull(Known):
         if name in _NORMS or name == "_weight_norm":
             return self._normed(view, node, name, c, grid)
         return view, first, node, moved
+
+    def _agreed(
+        self, view: GraphView, node: Node, source: Node, guesses: tuple[Columns, Columns], grid: tuple[int, ...]
+    ) -> Found:
+        """What is found wherever indices that are not known may point."""
+        self._depth += _DEEPEST // 8
+        one, other = (self._read(view, source, node, c, grid) for c in guesses)
+        self._depth -= _DEEPEST // 8
+        if isinstance(one, str) or self.alike(one, other):
+            return one
+        return f"{node.name}: chooses channels by a tensor"
 
     def _overlaid(self, view: GraphView, node: Node, c: Columns, grid: tuple[int, ...], writes: list[Write]) -> Found:
         """Elements of memory that was written to since ``node`` was made: each from the last write that covers it."""
@@ -267,7 +296,7 @@ class Pull(Known):
             return found
         adds = name in ("add", "sub")
         alike = shape(x) == shape(other)  # a bias that later layers share is no stream
-        if adds and alike and (_makes(view, other, found[0]) or (isinstance(lead, Trail) and _makes(view, x, lead))):
+        if adds and alike and (makes(view, other, found[0]) or (isinstance(lead, Trail) and makes(view, x, lead))):
             return f"{node.name}: the residual stream, and no single projection"
         if isinstance(lead, str) or lead.node in self.root.parameters:
             return found
@@ -322,7 +351,7 @@ class Pull(Known):
     def _concatenated(self, view: GraphView, node: Node, name: str, c: Columns, grid: tuple[int, ...]) -> Step | Found:
         """cat, stack and pad: elements from several tensors."""
         if name == "pad":
-            tensors, axis, sizes, c = _padded(node, c)
+            tensors, axis, sizes, c = padded(node, c)
         else:
             tensors = [x for x in argument(node, 0, "tensors") if shape(x) is not None]
             if name == "cat":
@@ -357,31 +386,6 @@ class Pull(Known):
                 found = self._read(view, source, node, of(part, taken(c, grid, rows)), (len(rows),))
             parts.append((rows, found))
         return united(grid, parts)
-
-
-def _is_depthwise(node: Node) -> bool:
-    x, weight = shape(argument(node, 0, "input")) or (), shape(argument(node, 1, "weight")) or ()
-    return len(x) == len(weight) > 2 and weight[1] == 1 and argument(node, 6, "groups", 1) == weight[0] == x[1]
-
-
-def _makes(view: GraphView, node: Node, trail: Trail) -> bool:
-    """Whether the projection at the end of ``trail`` is made from ``node``, not far away."""
-    end, where = trail.node, trail.view
-    while where is not view and where.parent is not None and where.call is not None:
-        end, where = where.call, where.parent
-    return where is view and end in view.forward_slice(node)
-
-
-def _padded(node: Node, c: Columns) -> tuple[list[Node | None], int, list[int], Columns]:
-    """Padding as a concatenation along the last axis; along others, where no channels are, the nearest element stands in."""
-    x, pad = args(node)[0], list(argument(node, 1, "pad"))
-    sizes, moved = shape(x) or (), list(c)
-    for i in range(len(pad) // 2):
-        axis, before = len(sizes) - 1 - i, number(pad[2 * i]) or 0
-        if i:
-            moved[axis] = np.clip(moved[axis] - before, 0, sizes[axis] - 1)
-    before, after = (number(side) or 0 for side in pad[:2])
-    return [None, x, None], len(sizes) - 1, [before, sizes[-1], after], tuple(moved)
 
 
 def _why(name: str) -> str:

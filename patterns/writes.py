@@ -38,17 +38,29 @@ class Write:
         if fake is None or fake.layout is not torch.strided:
             return None
         try:
-            return fake.untyped_storage()._cdata
+            return int(fake.untyped_storage()._cdata)
         except NotImplementedError:  # inside a vmap
             return None
 
     def locate(self, node: Node, c: Columns) -> tuple[Any, Columns]:
         """Which elements of ``node`` at ``c`` this write covers, and where in the region they lie."""
-        fake = tensor(node)
-        assert fake is not None
-        _, strides, offset = _lie(fake)
-        address = offset + sum(column * stride for column, stride in zip(c, strides, strict=True))
-        return _decode(np.asarray(address), *_lie(self.region))
+        return _decode(_address(node, c), *_lie(self.region))
+
+
+def through_memory(node: Node, source: Node, c: Columns) -> Columns | None:
+    """Where elements of ``node`` lie in ``source``, if it is a view of that, by whatever op; else None."""
+    storage, region = Write.storage_of(node), tensor(source)
+    if storage is None or region is None or Write.storage_of(source) != storage:
+        return None
+    inside, place = _decode(_address(node, c), *_lie(region))
+    return place if np.all(inside) else None
+
+
+def _address(node: Node, c: Columns) -> Positions:
+    fake = tensor(node)
+    assert fake is not None
+    _, strides, offset = _lie(fake)
+    return np.asarray(offset + sum(column * stride for column, stride in zip(c, strides, strict=True)))
 
 
 def _lie(fake: torch.Tensor) -> tuple[list[int], list[int], int]:

@@ -108,6 +108,9 @@ RULES = {
     "pad along rows": (lambda p: functional.pad(p, (0, 0, 0, 2))[:3], 3, 4),
     "pad, cut again": (lambda p: functional.pad(p, (2, 1))[..., 2:-1], 3, 4),
     "list of positions": (lambda p: p[:, [2, 0]], 2, 3, 4),
+    "diagonal": (lambda p: p.diagonal(), 3, 4),
+    "as_strided": (lambda p: p.as_strided((2, 3), (4, 2), 1), 3, 4),
+    "view as another shape of complex": (lambda p: torch.view_as_real(torch.view_as_complex(p).T).clone(), 3, 2, 2),
     "copies": (lambda p: p.contiguous().clone().double().to(torch.float32), 3, 4),
     "sign": (lambda p: -p, 3, 4),
     "scaled by a number": (lambda p: (p * 2.0) / 2.0, 3, 4),
@@ -146,7 +149,9 @@ def test_a_rule_agrees_with_the_op(capture, rule: str) -> None:
         lambda p: p[torch.tensor([2, 0])],
         lambda p: p.sort(-1)[0],
         lambda p: p.cos(),
-        lambda p: p.diagonal(),
+        lambda p: p.tril(),
+        lambda p: p.clone().cumsum_(0),
+        lambda p: p.index_select(0, torch.tensor([2, 0])),
     ],
 )
 def test_what_is_no_copy_ends_the_trail_and_says_so(capture, function) -> None:
@@ -333,6 +338,35 @@ def test_a_weight_that_is_used_transposed(capture) -> None:
     np.testing.assert_array_equal(origin.index, np.arange(H * D).reshape(H, D))
 
 
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda y: y[:, torch.tensor([4, 0, 1])],
+        lambda y: y.index_select(1, torch.tensor([4, 0, 1])),
+        lambda y: y.gather(1, torch.tensor([4, 0, 1])[None, :, None].expand(B, -1, H * D)),
+        lambda y: y[torch.ones(B, S, dtype=torch.bool)][None],
+    ],
+)
+def test_positions_chosen_by_a_tensor_leave_channels_in_place(capture, choose) -> None:
+    def function(y):
+        y = choose(y)
+        return y.view(*y.shape[:2], H, D).transpose(1, 2)
+
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    try:
+        captured = capture(_Project(function, H * D), torch.randn(B, S, HIDDEN))
+    finally:
+        torch._dynamo.config.capture_dynamic_output_shape_ops = False
+    origin = trace_heads(captured.view, captured.output, 1)
+    np.testing.assert_array_equal(origin.index, np.arange(H * D).reshape(H, D))
+
+
+def test_channels_chosen_by_a_tensor_are_not_known(capture) -> None:
+    captured = capture(_Project(lambda y: _heads(y[..., torch.arange(H * D)]), H * D), torch.randn(B, S, HIDDEN))
+    origin = trace_heads(captured.view, captured.output, 1)
+    assert isinstance(origin, Untraced)
+
+
 def test_features_of_a_router(capture) -> None:
     captured = capture(_Project(lambda y: y.softmax(-1).float() + 1.0, 8), torch.randn(B, S, HIDDEN))
     origin = trace_features(captured.view, captured.output)
@@ -342,7 +376,10 @@ def test_features_of_a_router(capture) -> None:
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (lambda x: functional.conv1d(x, torch.ones(HIDDEN, HIDDEN, 1)).view(B, H, D, S).transpose(2, 3), "without a parameter"),
+        (
+            lambda x: functional.conv1d(x, torch.ones(HIDDEN, HIDDEN, 1)).view(B, H, D, S).transpose(2, 3),
+            "without a parameter",
+        ),
         (lambda x: x.view(B, H, D, S).transpose(2, 3), "graph input"),
     ],
 )
