@@ -102,7 +102,9 @@ def _taken(facts: Facts, tensors: Tensors) -> Tensor:
     """``[T, E]``: whether a token goes to an expert, where tokens go to varying numbers of experts."""
     axes, experts = facts.get("axes", {}), facts["experts"]
     if "chosen" in tensors:
-        taken_TE = _by_expert(tensors["chosen"], axes.get("scores", -1), experts)
+        taken_TE = (
+            _by_expert(tensors["chosen"], axes.get("scores", -1), experts) > 0.5
+        )  # a mask, or a hard Gumbel softmax
         return ~taken_TE if facts.get("inverted") else taken_TE
     scores = tensors["scores"]
     picked = torch.zeros_like(scores, dtype=torch.bool).scatter(axes["chosen"], tensors["indices"], True)

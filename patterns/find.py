@@ -9,13 +9,14 @@ from torch.fx import GraphModule, Node
 
 from foreshock.errors import PatternError
 from foreshock.patterns.attention import SDPA
+from foreshock.patterns.decisions import decisions
 from foreshock.patterns.flex import FLEX
 from foreshock.patterns.graph import GraphView, body_of
 from foreshock.patterns.kernels import PUBLIC, described_by_schema
 from foreshock.patterns.lift import FUNCTION, lift
 from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
-from foreshock.patterns.router import ROUTER, decisions
+from foreshock.patterns.router import ROUTER
 from foreshock.patterns.subgraph import Subgraph
 from foreshock.patterns.written import WRITTEN
 

@@ -2,14 +2,14 @@
 
 Any op that chooses along an axis is an anchor. Its scores must come from a projection with one output row an expert; what becomes
 of the choice tells a router from a metric, a codebook or a sparse activation (`foreshock.patterns.dispatch`). Several choices may
-belong to one router (groups first, the second best after the best): `decisions` joins them.
+belong to one router (groups first, the second best after the best): `foreshock.patterns.decisions` joins them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
@@ -25,7 +25,6 @@ from foreshock.patterns.provenance import Origin, Untraced, trace_features, weig
 from foreshock.patterns.pullback import Pull
 from foreshock.patterns.selection import SELECTIONS, Selection, selections
 
-_NEAR = 256  # nodes between a router's logits and its choice
 _TOKENS_NEAR = 16  # steps from a projection back to the tokens it reads
 _VIEWS = frozenset({"cast", "identity", "reshape", "transpose", "permute", "t", "mT", "dropout", "getitem"})
 _PLAIN = _VIEWS | {"mul", "div", "tanh", "add", "clamp"}  # leave the logits what they are; so does a softcap
@@ -61,7 +60,7 @@ def _router(view: GraphView, selection: Selection) -> Match | Miss:
         return Miss(node, "fewer than two experts", quiet=True)
     scores = _scores(view, selection)
     if isinstance(scores, str):
-        return Miss(node, scores, quiet=quiet or not scores)
+        return Miss(node, scores if quiet else _without_weight(view, selection, scores), quiet=quiet)
     origin, experts = scores.origin, (shape(selection.scores) or ())[scores.axis]
     if selection.kind == "topk" and selection.top_k == selection.size:
         return Miss(node, f"takes all of its {selection.size} scores: nothing is chosen")
@@ -93,6 +92,13 @@ def _scores(view: GraphView, selection: Selection) -> _Scores | str:
     if _rows(origin) == 1:
         return "one score a token: it chooses among tokens, not among experts"
     return f"its {selection.size} scores are not one row of a weight each"
+
+
+def _without_weight(view: GraphView, selection: Selection, reason: str) -> str:
+    """``reason``, and whether a router may have been missed: only where something is dispatched."""
+    tokens = math.prod(shape(selection.scores) or ()) // selection.size
+    seen = fate(view, selection.scores, selection.node, selection.chosen, tokens, frozenset())
+    return reason if seen.tokens or seen.experts else f"nothing is dispatched by its choice, and {reason}"
 
 
 def _rows(origin: Origin) -> int:
@@ -165,7 +171,7 @@ def _described(
         scoring = _scoring(after, _users(after)) if after is not None else ""
         pattern = f"{word} > {scoring}" if scoring else word
     roles = {"logits": logits, "scores": selection.scores}
-    roles["chosen" if selection.kind == "threshold" else "indices"] = selection.chosen
+    roles["chosen" if selection.mask else "indices"] = selection.chosen
     source = _input(view, origin)
     if source is not None:
         roles["input"] = source
@@ -276,76 +282,6 @@ def _threshold_of(selection: Selection) -> int | None:
 
 
 ROUTER = Pattern("router", SELECTIONS, _match)
-
-
-def decisions(found: Iterable[Match | Miss], view: GraphView) -> list[Match | Miss]:
-    """One match a router. Several choices may belong to it: the last is the decision, and what led to it is no near-miss.
-
-    Of groups, their number becomes a fact; a best expert and a second best after it are chosen together.
-    """
-    results = [result for result in found if isinstance(result, Match) or not result.quiet]
-    kept: dict[Node, Match] = {}
-    passed: set[Node] = set()
-    for match in results:
-        if not isinstance(match, Match) or match.kind != "router" or "logits" not in match.roles:
-            continue
-        before = _between(view, match)
-        passed |= before
-        logits = match.roles["logits"]
-        while op(logits) in ("cast", "identity", "reshape") and isinstance(args(logits)[0], Node):
-            logits = args(logits)[0]
-        earlier = kept.get(logits)
-        if earlier and match.facts.get("selection") == "threshold" != earlier.facts.get("selection"):
-            continue
-        kept[logits] = _with_groups(_joined(earlier, match) if earlier and earlier.anchor in before else match, before)
-    routers = {match.anchor: match for match in kept.values()}
-    last = [
-        routers.pop(result.anchor, None) if _is_router(result) else result
-        for result in results
-        if isinstance(result, Match) or result.anchor not in passed
-    ]
-    return [result for result in last if result is not None]
-
-
-def _is_router(result: Match | Miss) -> bool:
-    return isinstance(result, Match) and result.kind == "router" and "logits" in result.roles
-
-
-def _between(view: GraphView, match: Match) -> set[Node]:
-    """What the choice is made from, back to the logits."""
-    first = view.order[match.roles["logits"]]
-    found: set[Node] = set()
-    queue = [match.anchor]
-    while queue and len(found) < _NEAR:
-        for source in view.dataflow.predecessors(queue.pop()):
-            if source not in found and view.order[source] > first:
-                found.add(source)
-                queue.append(source)
-    return found
-
-
-def _joined(earlier: Match, match: Match) -> Match:
-    """``match``, or both where each takes one expert."""
-    if {earlier.facts.get("selection"), match.facts.get("selection")} != {"argmax"}:
-        return match
-    together = earlier.facts["top_k"] + 1
-    roles = {**earlier.roles, f"indices_{together}": match.roles["indices"]}
-    return replace(earlier, anchor=match.anchor, roles=roles, facts={**earlier.facts, "top_k": together})
-
-
-def _with_groups(match: Match, before: set[Node]) -> Match:
-    """With the number of groups, where one score a group was chosen from on the way."""
-    scores = math.prod(shape(match.roles["scores"]) or ())
-    experts = int(match.facts["experts"])
-    for node in before:
-        groups = (
-            (shape(args(node)[0]) or (0,))[-1] if op(node) in ("topk", "argmax", "max", "sort") and args(node) else 0
-        )
-        if not 0 < groups < experts or experts % groups:
-            continue
-        if math.prod(shape(args(node)[0]) or ()) * (experts // groups) == scores:
-            return replace(match, facts={**match.facts, "groups": groups})
-    return match
 
 
 def router_op(

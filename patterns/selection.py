@@ -1,4 +1,4 @@
-"""Ops that choose along an axis of scores: topk, argmax, max, sort, argsort, and comparisons with a threshold."""
+"""Ops that choose along an axis of scores: topk, argmax, max, sort, argsort, hard Gumbel softmax, comparisons with a threshold."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from foreshock.patterns.coordinates import number
 from foreshock.patterns.ops import args, argument, op, shape, tensor
 
 _COMPARISONS = {"gt": 0, "ge": 0, "lt": 1, "le": 1}  # which operand is the larger one where it holds
-SELECTIONS = frozenset({"topk", "argmax", "max", "sort", "argsort", *_COMPARISONS})
+SELECTIONS = frozenset({"topk", "argmax", "max", "sort", "argsort", "gumbel_softmax", *_COMPARISONS})
 
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice along ``axis`` of ``scores``: ``chosen`` holds positions, or for a threshold whether each is taken.
+    """A choice along ``axis`` of ``scores``: ``chosen`` holds positions, or with ``mask`` whether each is taken.
 
     ``kind`` is "topk", "argmax", "sort" or "threshold"; ``top_k`` how many are taken, None where the number varies.
     ``inverted``: the comparison holds for what is not taken.
@@ -27,7 +27,7 @@ class Selection:
     axis: int
     chosen: Node
     top_k: int | None
-    values: Node | None = None
+    mask: bool = False
     inverted: bool = False
 
     @property
@@ -46,6 +46,9 @@ def selections(node: Node) -> list[Selection] | str:
         return ""
     if name == "topk":
         found = _topk(node, scores, sizes)
+    elif name == "gumbel_softmax":
+        axis = argument(node, 4, "dim", -1) % len(sizes)
+        found = Selection(node, "argmax", scores, axis, node, 1, mask=True) if argument(node, 2, "hard", False) else ""
     elif name in ("argmax", "max"):
         found = _argmax(node, name, scores, sizes)
     else:
@@ -61,11 +64,11 @@ def _topk(node: Node, scores: Node, sizes: tuple[int, ...]) -> Selection | str:
     top_k, axis = number(argument(node, 1, "k")), argument(node, 2, "dim", -1) % len(sizes)
     if top_k is None:
         return "its k is not a constant"
-    values, chosen = _result(node, 0), _result(node, 1)
+    chosen = _result(node, 1)
     if chosen is None:
         return "the chosen indices are not used"
     taken = _first_of(chosen, axis, len(sizes)) or (chosen, top_k)
-    return Selection(node, "topk", scores, axis, taken[0], taken[1], values)
+    return Selection(node, "topk", scores, axis, *taken)
 
 
 def _argmax(node: Node, name: str, scores: Node, sizes: tuple[int, ...]) -> Selection | str:
@@ -75,7 +78,7 @@ def _argmax(node: Node, name: str, scores: Node, sizes: tuple[int, ...]) -> Sele
     chosen = node if name == "argmax" else _result(node, 1)
     if chosen is None or not chosen.users:
         return ""
-    return Selection(node, "argmax", scores, axis % len(sizes), chosen, 1, _result(node, 0) if name == "max" else None)
+    return Selection(node, "argmax", scores, axis % len(sizes), chosen, 1)
 
 
 def _sort(node: Node, name: str, scores: Node, sizes: tuple[int, ...]) -> Selection | str:
@@ -86,7 +89,7 @@ def _sort(node: Node, name: str, scores: Node, sizes: tuple[int, ...]) -> Select
     taken = _first_of(chosen, axis, len(sizes))
     if taken is None:
         return "sorts its scores and takes no fixed number of them"
-    return Selection(node, "sort", scores, axis, *taken, _result(node, 0) if name == "sort" else None)
+    return Selection(node, "sort", scores, axis, *taken)
 
 
 def _first_of(chosen: Node, axis: int, axes: int) -> tuple[Node, int] | None:
@@ -125,5 +128,5 @@ def _comparison(node: Node, name: str) -> list[Selection] | str:
         if fake is None or not fake.is_floating_point() or shape(operand) != sizes:
             continue
         inverted = _COMPARISONS[name] != position
-        found.append(Selection(node, "threshold", operand, len(sizes) - 1, node, None, None, inverted))
+        found.append(Selection(node, "threshold", operand, len(sizes) - 1, node, None, True, inverted))
     return found or ""

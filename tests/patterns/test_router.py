@@ -331,6 +331,32 @@ def test_a_threshold_chooses_a_varying_number(capture, below: bool) -> None:
     assert op(match.roles["chosen"]) == ("lt" if below else "gt")
 
 
+def test_a_hard_gumbel_softmax(capture) -> None:
+    class Gumbel(Experts):
+        def forward(self, x_TD):
+            combine_TE = functional.gumbel_softmax(self.gate(x_TD), hard=True)
+            return torch.einsum("te,td,edf->tf", combine_TE, x_TD, self.w)
+
+    match = capture(Gumbel(None), _x()).match
+    assert match.facts.items() >= {"selection": "argmax", "top_k": 1, "experts": E}.items()
+    assert op(match.roles["chosen"]) == "gumbel_softmax"
+
+
+def test_tokens_that_a_full_expert_drops_are_no_second_router(capture) -> None:
+    """Megatron's: among the tokens of an expert those of the highest probability stay."""
+
+    class Dropping(Experts):
+        def forward(self, x_TD):
+            weights, chosen = self.gate(x_TD).softmax(-1).topk(K)
+            combine_TE = torch.zeros(T, E).scatter(-1, chosen, weights)
+            kept_TE = torch.zeros(T, E).scatter(0, combine_TE.topk(3, dim=0)[1], 1.0) * combine_TE
+            return torch.einsum("te,td,edf->tf", kept_TE, x_TD, self.w)
+
+    captured = capture(Dropping(None), _x())
+    assert captured.match.facts["top_k"] == K
+    assert captured.reasons == []
+
+
 def test_the_kth_score_as_a_threshold(capture) -> None:
     class Kth(Experts):
         def forward(self, x_TD):
