@@ -99,8 +99,8 @@ def heads_of(layout: str, sizes: Sequence[int]) -> tuple[int, int, int, int]:
     return batch, heads, positions, channels
 
 
-def channels_of(layout: str, sizes: Sequence[int]) -> Columns:
-    """Coordinates of every head's channels at the last position of the first sequence: columns of a grid ``[heads, channels]``."""
+def channels_of(layout: str, sizes: Sequence[int], *, first: bool = False) -> Columns:
+    """Coordinates of every head's channels at the last (or ``first``) position: columns of a grid ``[heads, channels]``."""
     axes = [[(name.partition("=")[0], int(name.partition("=")[2] or 0)) for name in axis] for axis in parse(layout)]
     for joined, size in zip(axes, sizes, strict=True):
         free = next((i for i, (_, given) in enumerate(joined) if not given), 0)
@@ -109,7 +109,7 @@ def channels_of(layout: str, sizes: Sequence[int]) -> Columns:
             size // math.prod(given or 1 for i, (_, given) in enumerate(joined) if i != free),
         )
     extent = {name: size for joined in axes for name, size in joined}
-    at: dict[str, Any] = {name: extent[name] - 1 if name[0] == "s" else 0 for name in extent}
+    at: dict[str, Any] = {name: extent[name] - 1 if name[0] == "s" and not first else 0 for name in extent}
     for letter, grid in (("h", (-1, 1)), ("d", (1, -1))):
         names = sorted(name for name in extent if name[0] == letter)
         inner = [extent[name] for name in names]

@@ -12,7 +12,7 @@ from foreshock.patterns.axes import channels_of, heads_of
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import shape, tensor, value
 from foreshock.patterns.pattern import Edge, Match, Miss
-from foreshock.patterns.provenance import Origin, trace, weight_view
+from foreshock.patterns.provenance import Origin, Untraced, trace, weight_view
 
 LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
 NO_BIAS_PAIR = (
@@ -43,7 +43,7 @@ def attention_site(
 
     ``scale`` is a number (NaN: not known), a node that yields one, or None for ``1 / sqrt(h)``; ``dropout`` a number, or None where
     it is not known. ``broken`` maps laws that the form breaks to the reason. Rows are read from ``logits`` where they are given,
-    else recomputed from q, k and ``mask`` where causality and scale are known, unless the fact ``recompute`` forbids.
+    else recomputed from q, k and ``mask`` where causality and scale are known and the fact ``recompute`` is not False.
     """
     roles = {role: edge.source for role, edge in edges.items()}
     roles |= {role: node for role, node in (("out", out), ("logits", logits), ("mask", mask)) if node is not None}
@@ -67,10 +67,7 @@ def attention_site(
     barred = _untappable(view, edges, sizes)
     if barred:
         laws = dict.fromkeys(LAWS, barred)
-    origins = {
-        role: trace(view, roles[role], channels_of(layout[role], shape(roles[role]) or ()), *_grid(sizes[role]))
-        for role in ("q", "k")
-    }
+    origins = {role: _origin(view, roles[role], layout[role], sizes[role]) for role in ("q", "k")}
     weights = {}
     for role, origin in origins.items():
         if not isinstance(origin, Origin):
@@ -108,8 +105,14 @@ def attention_site(
     )
 
 
-def _grid(sizes: Sizes) -> tuple[int, int]:
-    return sizes[1], sizes[3]
+def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes) -> Origin | Untraced:
+    """The weights behind the last position; behind the first where what stands last is no projection (a learned extra key)."""
+    own = shape(node) or ()
+    last = trace(view, node, channels_of(layout, own), sizes[1], sizes[3])
+    if isinstance(last, Origin):
+        return last
+    first = trace(view, node, channels_of(layout, own, first=True), sizes[1], sizes[3])
+    return first if isinstance(first, Origin) else last
 
 
 def _misfit(sizes: Mapping[str, Sizes]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from foreshock.layout import words
 from foreshock.patterns.graph import BODIES, GraphView
 from foreshock.patterns.ops import args, op, tensor
 from foreshock.patterns.pattern import Edge, Match, Miss
@@ -34,7 +35,7 @@ def lift(view: GraphView, match: Match) -> Match | Miss:
         operand = args(call)[first + inputs[source]] if source in inputs else None
         if not isinstance(operand, Node):
             return Miss(match.anchor, f"{role} is made inside an autograd.Function and cannot be watched from outside")
-        names = match.layout[role].split()
+        names = words(match.layout[role])
         layout[role] = " ".join(names[order.index(axis)] for axis in range(len(order)))
         roles[role], operands[role] = operand, Edge(call, first + inputs[source])
     result = next(iter(reversed(view.graph.nodes))).args[0]
@@ -43,7 +44,7 @@ def lift(view: GraphView, match: Match) -> Match | Miss:
         source, order = _permuted_from(output, match.roles["out"]) if isinstance(output, Node) else (None, [])
         taken = [user for user in call.users if op(user) == "getitem" and args(user)[1] == index]
         if source is match.roles["out"] and taken:
-            names = match.layout["out"].split()
+            names = words(match.layout["out"])
             layout["out"], roles["out"] = " ".join(names[axis] for axis in order), taken[0]
     if "out" not in roles:
         return Miss(match.anchor, "the attention inside an autograd.Function is not what it returns")

@@ -32,6 +32,7 @@ _SCALED = frozenset({"mul", "div"})
 _MEASURES = frozenset(
     {"max", "amax", "logsumexp", "size", "attr.shape", "attr.dtype", "attr.device", "sum"}
 )  # of a softmax by hand
+_PARTED = frozenset({"split", "chunk", "unbind", "tensor_split"})
 _LIMITS = frozenset({"maximum", "minimum", "max", "min"})
 
 
@@ -47,8 +48,14 @@ class Logits:
     scale: float | None = 1.0
     softcap: float | None = None
     masked: bool = False
+    biased: bool = False
     sinks: bool = False
     broken: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are ``scale * q.k`` and nothing else."""
+        return not (self.masked or self.biased or self.sinks or self.broken)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class _Way:
     scale: float | None = 1.0
     softcap: float | None = None
     masked: bool = False
+    biased: bool = False
     sinks: bool = False
     broken: tuple[tuple[str, str], ...] = ()
 
@@ -92,7 +100,7 @@ def products_before(view: GraphView, logits: Node, keys: Columns, reader: Node) 
         for write in view.written(node, user):
             way = _written(write.node, way)
             own.add(write.node)
-        if any(op(other) not in _MEASURES and other not in own for other in node.users):
+        if any(other not in own and op(other) not in _MEASURES and differentiates(other, node) for other in node.users):
             way = way.breaking("the logits are read elsewhere too: their gradient is not that of one softmax")
         found = product(node)
         if found is not None and _meets(found, way):
@@ -102,8 +110,25 @@ def products_before(view: GraphView, logits: Node, keys: Columns, reader: Node) 
                 added = argument(node, 0, "input") if beta != 0 else None
                 way = _scaled(way, alpha)
                 way = _biased(way, added) if isinstance(added, Node) else way
-            yield Logits(found, way.place, way.scale, way.softcap, way.masked, way.sinks, dict(reversed(way.broken)))
+            yield Logits(
+                found,
+                way.place,
+                way.scale,
+                way.softcap,
+                way.masked,
+                way.biased,
+                way.sinks,
+                dict(reversed(way.broken)),
+            )
         waiting += [(source, node, further) for source, further in _back(node, way) if source not in seen]
+
+
+def differentiates(reader: Node, node: Node) -> bool:
+    """Whether a gradient may come back to ``node`` through ``reader``: not where it lends its shape or dtype only."""
+    if reader.op == "output" or tensor(reader) is None:
+        return reader.op == "output" or op(reader) in _PARTED
+    lends = op(reader) in ("cast", "reshape", "expand") and args(reader) and args(reader)[0] is not node
+    return bool(getattr(tensor(reader), "requires_grad", False)) and not lends
 
 
 def _meets(found: Product, way: _Way) -> bool:
@@ -273,8 +298,11 @@ def _beside(name: str, here: int, beside: Any, way: _Way) -> _Way:
 
 
 def _biased(way: _Way, added: Node) -> _Way:
+    """Something is added: a bias if it is learned, else it may hide keys."""
+    if not _extends(added, way):
+        return way
     learned = getattr(tensor(added), "requires_grad", False)
-    return replace(way, masked=way.masked or (not learned and _extends(added, way)))
+    return replace(way, biased=True, masked=way.masked or not learned)
 
 
 def _filled(number: Any, way: _Way) -> _Way:

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from foreshock.patterns.coordinates import RULES, Columns, axes, broadcast
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.logits import Place, constant, mixed
+from foreshock.patterns.logits import Place, constant, differentiates, mixed
 from foreshock.patterns.ops import args, argument, op, shape
 from foreshock.patterns.products import Product, product
 
@@ -129,7 +129,7 @@ def uses(view: GraphView, found: Softmax) -> Iterator[Use]:
     while waiting and len(seen) < _NEAR:
         node, way = waiting.popleft()
         readers = [user for user in node.users if shape(user) is not None or op(user) in ("split", "chunk", "unbind")]
-        way = replace(way, shared=way.shared or len(node.users) > 1)
+        way = replace(way, shared=way.shared or sum(differentiates(user, node) for user in node.users) > 1)
         for user in readers:
             yield from _used(user, node, way, found)
             for result, further in _on(user, node, way, found):

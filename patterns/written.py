@@ -202,6 +202,8 @@ def _site(
         facts["first_key"] = first
     if use.altered or _adds(after.node):
         facts["shadow"] = False
+    if not logits.plain or found.padded:
+        facts["recompute"] = False
     result = attention_site(
         view,
         node,
@@ -210,7 +212,7 @@ def _site(
         layout=layout,
         out=out,
         logits=found.logits if readable else None,
-        causal=None if logits.masked else False,
+        causal=None if logits.masked or logits.biased else False,
         scale=math.nan if scale is None else scale,
         dropout=constant(use.dropout),
         facts=facts,

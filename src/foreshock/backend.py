@@ -175,7 +175,7 @@ def _facts(match: Match, rows: int) -> Facts:
     """Plain values that probes depend on; part of every compile cache key."""
     facts = {**match.facts, "layout": match.layout}
     known = match.facts.get("causal") is not None and match.facts.get("scale") is not None
-    readable = match.facts.get("recompute", True) and (known or "logits" in match.roles)
+    readable = "logits" in match.roles or (known and match.facts.get("recompute", True))
     return {**facts, "rows": rows if match.kind != "attention" or readable else 0}
 
 

@@ -18,10 +18,15 @@ CLASSES = "bhsd"
 BHSD = "b h s d"
 
 
+def words(layout: str) -> list[str]:
+    """``"(b h=8) s d"`` -> ``["(b h=8)", "s", "d"]``: one for each axis."""
+    return re.findall(r"\([^)]*\)|\S+", layout)
+
+
 @functools.lru_cache(maxsize=256)
 def parse(layout: str) -> tuple[tuple[str, ...], ...]:
     """``"(b h=8) s d"`` -> ``(("b", "h=8"), ("s",), ("d",))``."""
-    axes = tuple(tuple(part.strip("()").split()) for part in re.findall(r"\([^)]*\)|\S+", layout))
+    axes = tuple(tuple(part.strip("()").split()) for part in words(layout))
     names = [name for axis in axes for name in axis]
     if any(name[0] not in CLASSES for name in names) or len(set(names)) != len(names):
         raise ValueError(

@@ -446,3 +446,82 @@ def test_mixed_heads(capture, spelling: str) -> None:
     assert match.laws["law/key_shift"] == match.laws["law/value_mass"] == match.laws["law/euler"] == ""
     assert "mixed" in match.laws["law/bias"]
     assert match.layout["logits"] == "b h s d"
+
+
+class _Backward(torch.autograd.Function):
+    """Attention on merged heads with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        p = torch.softmax(torch.bmm(q, k.transpose(1, 2)) * 0.3 + ADDED, -1)
+        ctx.save_for_backward(q, k, v, p)
+        return torch.bmm(p, v)
+
+    @staticmethod
+    def backward(ctx, given):
+        q, k, v, p = ctx.saved_tensors
+        dp = torch.bmm(given, v.transpose(1, 2))
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * 0.3
+        return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(p.transpose(1, 2), given)
+
+
+def test_inside_an_autograd_function_laws_are_seen_from_outside_and_no_row_is_made_up(one_thread) -> None:
+    model = Attention(lambda q, k, v: _Backward.apply(_merged(q), _merged(k), _merged(v)))
+    with Watch(every=1, inner="aot_eager", strict=True, detectors=[]) as watch:
+        compiled = torch.compile(model, backend=watch.backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        compiled(torch.randn(B, S, HIDDEN)).square().sum().backward()
+        optimizer.step()
+        watch.flush()
+        (status,) = watch.coverage
+        assert (status.site.heads, status.site.scale, status.site.masked) == (H, 0.3, True)
+        assert all((watch.series(f"law/{law}")[1] < 1e-5).all() for law in ("key_shift", "value_mass", "euler"))
+        assert "attention/entropy" not in watch.metrics()
+
+
+def test_a_learned_bias_may_be_causal(capture) -> None:
+    class Biased(Attention):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.bias = nn.Parameter(torch.zeros(H, S, S))
+
+        def forward(self, x):
+            q, k, v = self.parts(x)
+            return (q @ k.mT + self.bias).softmax(-1) @ v
+
+    match = capture(Biased(), torch.randn(B, S, HIDDEN)).match
+    assert (match.facts["causal"], match.facts["masked"]) == (None, False)
+    assert set(match.laws.values()) == {""}
+
+
+def test_a_learned_last_key_does_not_hide_the_projection(capture) -> None:
+    class LastKey(Attention):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.last = nn.Parameter(torch.randn(2, 1, H, 1, D))
+
+        def forward(self, x):
+            q, k, v = self.parts(x)
+            k, v = (torch.cat([y, more.expand(B, -1, -1, -1)], 2) for y, more in zip((k, v), self.last, strict=True))
+            return (q @ k.mT).softmax(-1) @ v
+
+    match = capture(LastKey(), torch.randn(B, S, HIDDEN)).match
+    assert match.weights["k_weight"].names == ("k.weight",)
+
+
+def test_a_loan_of_dtype_is_no_reader(capture) -> None:
+    def call(q, k, v):
+        a = q @ k.mT
+        return a.float().softmax(-1).type_as(a) @ v
+
+    assert set(capture(Attention(call), torch.randn(B, S, HIDDEN)).match.laws.values()) == {""}
+
+
+def test_probabilities_in_a_loss_leave_the_bias_law_out(capture) -> None:
+    def call(q, k, v):
+        p = (q @ k.mT).softmax(-1)
+        return (p @ v).sum() + p.square().sum()
+
+    laws = capture(Attention(call), torch.randn(B, S, HIDDEN)).match.laws
+    assert "read elsewhere" in laws["law/bias"]
+    assert laws["law/key_shift"] == laws["law/value_mass"] == laws["law/euler"] == ""
