@@ -397,3 +397,117 @@ def test_a_compiled_model_says_the_same(one_thread, inner: str) -> None:
     _close(got["law/bias_den"], u.square().sum((0, 2)), rtol=1e-4)
     for law in LAWS:
         assert (got[law] < 1e-5).all()
+
+
+# -- forms beyond one kernel's --------------------------------------------------------------------------------------------
+
+
+def _written_out(t: dict[str, Tensor], facts, change=lambda logits: logits) -> tuple[dict[str, np.ndarray], Tensor]:
+    """Probe values where the logits that enter the softmax are at hand, and those logits."""
+    q, k, v = (t[role].clone().requires_grad_() for role in "qkv")
+    repeat = q.shape[1] // k.shape[1]
+    logits = change(q @ k.repeat_interleave(repeat, 1).mT * facts["scale"])
+    first = facts.get("first_key", 0)
+    p = logits.softmax(-1)[..., first : first + k.shape[2]]
+    out = p @ v.repeat_interleave(repeat, 1)
+    gradients = dict(zip("qkv", torch.autograd.grad(out, (q, k, v), t["do"]), strict=True))
+    tensors = {"q": q.detach(), "k": k.detach(), "v": v.detach(), "out": out.detach()}
+    found = dict(forward(facts, {**tensors, "logits": logits.detach()}, _every_row(facts, q.shape[0])))
+    found |= backward(facts, tensors, {**gradients, "out": t["do"]})
+    got = finish(facts, {name: x.reshape(-1).double().numpy() for name, x in found.items()})
+    return dict(got), logits.detach().double()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_given_logits_say_what_recomputed_rows_say(shape: str) -> None:
+    t = _tensors(**SHAPES[shape])
+    facts = _facts(t["q"], t["k"], scale=0.7)
+    got, exact = _written_out(t, facts)[0], _run(t, facts)
+    assert got.keys() == exact.keys()
+    for name in got:
+        if not name.startswith("law/"):  # residuals are rounding: each kernel has its own
+            np.testing.assert_allclose(got[name], exact[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("fill", [-math.inf, LOWEST, -1e9, -1e4])
+@pytest.mark.parametrize("mask", [HOLES, EMPTY_ROWS])
+def test_masked_logits_hide_keys_however_they_are_masked(mask: Tensor, fill: float) -> None:
+    t = _tensors()
+    facts = _facts(t["q"], t["k"], causal=None)
+    got, _ = _written_out(
+        t, facts, lambda logits: logits.masked_fill(~mask, 0.0) + torch.zeros(5, 5).masked_fill(~mask, fill)
+    )
+    exact = _exact(t, _facts(t["q"], t["k"]), mask)
+    for name in ("logit_max", "entropy", "entropy_norm", "sink", "lse", "lse_max"):
+        assert np.isfinite(got[f"attention/{name}"]).all()
+    alive = mask.any(-1)
+    entropy = exact["entropy"][:, :, alive].mean((0, 2))
+    _close(got["attention/entropy"], entropy, rtol=1e-4, atol=2e-6)
+    _close(got["attention/logit_max"], exact["logits"].amax((0, 2, 3)))
+    assert (got["attention/shadow_rms"] < 1e-6).all()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_sink_columns_take_a_share_and_are_no_keys(first: int) -> None:
+    t = _tensors(G=2)
+    sink = torch.linspace(-1, 2, 4).view(1, 4, 1, 1).expand(2, 4, 5, 1)
+    facts = _facts(t["q"], t["k"], sinks=True, first_key=first)
+    got, whole = _written_out(t, facts, lambda logits: torch.cat([sink, logits] if first else [logits, sink], -1))
+    p = whole.softmax(-1)[..., first : first + 5]
+    _close(got["attention/entropy"], -torch.special.xlogy(p, p).sum(-1).mean((0, 2)))
+    _close(got["attention/sink"], p[..., 0].mean((0, 2)))
+    _close(got["attention/lse"], whole.logsumexp(-1).mean((0, 2)))
+    _close(got["attention/logit_max"], whole[..., first : first + 5].amax((0, 2, 3)))
+    assert (got["attention/shadow_rms"] < 1e-6).all()
+    assert (got["law/euler"] < 1e-5).all()
+    assert (got["law/key_shift"] > 1e-3).all()
+
+
+def test_logits_that_are_no_numbers_are_not_taken_for_masked() -> None:
+    t = _tensors()
+    facts = _facts(t["q"], t["k"])
+    t["q"][0, 1, 2, 3] = math.nan
+    got, _ = _written_out(t, facts)
+    assert np.isnan(got["attention/logit_max"]).tolist() == [False, True, False, False]
+    assert np.isfinite(got["attention/entropy"]).all()
+
+
+def test_keys_of_one_sequence_serve_a_batch() -> None:
+    t = _tensors(B=3, G=2)
+    facts = _facts(t["q"], t["k"])
+    t["k"], t["v"] = t["k"][:1], t["v"][:1]
+    q, k, v = (t[role].clone().requires_grad_() for role in "qkv")
+    out = sdpa(q, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1), enable_gqa=True)
+    gradients = dict(zip("qkv", torch.autograd.grad(out, (q, k, v), t["do"]), strict=True))
+    tensors = {"q": q.detach(), "k": k.detach(), "v": v.detach(), "out": out.detach()}
+    found = dict(forward(facts, tensors, _every_row(facts, 3)))
+    found |= backward(facts, tensors, {**gradients, "out": t["do"]})
+    got = finish(facts, {name: x.reshape(-1).double().numpy() for name, x in found.items()})
+    for law in LAWS:
+        assert len(got[law]) == 2
+        assert (got[law] < 1e-5).all()
+    delta = (t["do"] * out.detach()).sum(-1, keepdim=True)
+    u = (delta * q.detach()).sum((0, 2)).unflatten(0, (2, 2)).sum(1) * facts["scale"]
+    _close(got["law/bias_den"], u.square().sum(1), rtol=1e-4)
+    assert (got["attention/shadow_rms"] < 1e-6).all()
+
+
+def test_without_an_output_the_rest_is_still_read() -> None:
+    t = _tensors()
+    facts = _facts(t["q"], t["k"])
+    q, k, v = (t[role].clone().requires_grad_() for role in "qkv")
+    logits = q @ k.mT * facts["scale"]
+    gradients = dict(zip("qkv", torch.autograd.grad(logits.softmax(-1) @ v, (q, k, v), t["do"]), strict=True))
+    tensors = {"q": q.detach(), "k": k.detach(), "v": v.detach()}
+    found = dict(forward(facts, {**tensors, "logits": logits.detach()}, _every_row(facts, 2)))
+    found |= backward(facts, tensors, gradients)
+    got = finish(facts, {name: x.reshape(-1).double().numpy() for name, x in found.items()})
+    full = _run(t, facts)
+    missing = {name for name in full if name not in got}
+    assert missing == {
+        *("attention/out_rms", "attention/out_absmax", "attention/grad_out_norm", "attention/shadow_bias"),
+        *("attention/shadow_rms", "attention/grad_delta", "attention/grad_delta_sign"),
+        *("law/value_mass", "law/bias_num", "law/bias_den"),
+    }
+    assert (got["law/key_shift"] < 1e-5).all()
+    _close(got["attention/entropy"], full["attention/entropy"])
