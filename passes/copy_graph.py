@@ -25,7 +25,7 @@ def copy_graph(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
             new._dynamo_source = old._dynamo_source  # how AOTAutograd tells inputs apart
     copied = _torch.graph_module(module, graph)
     copied.meta = dict(module.meta)
-    bodies = {str(node.args[0].target): body_of(node) for node in copied.graph.nodes if body_of(node) is not None}  # type: ignore[union-attr]
+    bodies = {str(node.args[0].target): body_of(node) for node in copied.graph.nodes if body_of(node) is not None}
     for name, body in bodies.items():
         assert body is not None
         setattr(copied, name, copy_graph(body)[0])

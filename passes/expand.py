@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from foreshock import _torch
 from foreshock.passes.plan import before
+from foreshock.patterns.ops import args as args_of
 from foreshock.patterns.ops import op
 
 EXPANDED = {"multi_head_attention_forward": functional.multi_head_attention_forward}
@@ -74,7 +75,7 @@ class _Write(TorchFunctionMode):
         return result
 
     def _append(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        args, kwargs = map_aggregate((args, kwargs), self.node_of)  # type: ignore[misc]
+        args, kwargs = map_aggregate((args, kwargs), self.node_of)
         if _is_method(func) and hasattr(operator, func.__name__):
             node = self.graph.call_function(getattr(operator, func.__name__), args, kwargs)
         elif _is_method(func):
@@ -121,12 +122,12 @@ def _expand(graph: Graph, call: Node) -> None:
     writer = _Write(graph, call)
     for source in call.all_input_nodes:
         writer.learn(source.meta["example_value"], source)
-    args, kwargs = map_arg((call.args, call.kwargs), lambda n: n.meta["example_value"])  # type: ignore[misc]
+    args, kwargs = map_arg((call.args, call.kwargs), lambda n: n.meta["example_value"])
     fakes = [value for _, value in writer.nodes.values()]
     with before(graph, call), _torch.evaluating(fakes), writer:
         results = code(*args, **kwargs)
     outputs = [writer.node_of(result) for result in results]
     for user in list(call.users):
-        user.replace_all_uses_with(outputs[user.args[1]])
+        user.replace_all_uses_with(outputs[args_of(user)[1]])
         graph.erase_node(user)
     graph.erase_node(call)

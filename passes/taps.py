@@ -121,7 +121,7 @@ class _Leave(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         return None, grad, *(canonical(t, ctx.layout).to(ctx.dtype) for t in (grad, x))
 

@@ -41,9 +41,9 @@ def lift(view: GraphView, match: Match) -> Match | Miss:
     result = next(iter(reversed(view.graph.nodes))).args[0]
     outputs = result[0] if isinstance(result, tuple) and result and isinstance(result[0], tuple) else result
     for index, output in enumerate(outputs if isinstance(outputs, tuple) else ()):
-        source, order = _permuted_from(output, match.roles["out"]) if isinstance(output, Node) else (None, [])
+        made, order = _permuted_from(output, match.roles["out"]) if isinstance(output, Node) else (None, [])
         taken = [user for user in call.users if op(user) == "getitem" and args(user)[1] == index]
-        if source is match.roles["out"] and taken:
+        if made is match.roles["out"] and taken:
             names = words(match.layout["out"])
             layout["out"], roles["out"] = " ".join(names[axis] for axis in order), taken[0]
     if "out" not in roles:
