@@ -91,7 +91,7 @@ def _terms(body: GraphModule) -> Iterator[str]:
         if not isinstance(term, Node):
             yield "true" if term is True else "?"
             continue
-        name, given = op(term), list(args(term))
+        name, given = op(term), [_bare(x) for x in args(term)]
         if name in _COPIES:
             waiting.append(given[0])
         elif name in _AND:
@@ -102,6 +102,13 @@ def _terms(body: GraphModule) -> Iterator[str]:
             yield "causal"
         else:
             yield "true" if name in _TRUE else "?"
+
+
+def _bare(x: Any) -> Any:
+    """An index without an offset of nothing."""
+    while isinstance(x, Node) and op(x) in ("add", "sub", *_COPIES) and all(other == 0 for other in args(x)[1:]):
+        x = args(x)[0]
+    return x
 
 
 def _score(body: GraphModule) -> _Score:

@@ -44,6 +44,7 @@ CASES = {
     "plain": ({}, {"causal": False, "masked": False, "scale": 0.25}, ()),
     "causal": ({"block_mask": lambda b, h, i, j: i >= j}, {"causal": True, "masked": False}, ()),
     "causal, turned": ({"block_mask": lambda b, h, i, j: j <= i}, {"causal": True, "masked": False}, ()),
+    "causal, from zero": ({"block_mask": lambda b, h, i, j: j + 0 <= i + 0}, {"causal": True, "masked": False}, ()),
     "window": (
         {"block_mask": lambda b, h, i, j: (i >= j) & (i - j < 4)},
         {"causal": True, "masked": True, "recompute": False},
