@@ -8,7 +8,7 @@ import numpy as np
 from torch.fx import Node
 
 from foreshock.errors import PatternError
-from foreshock.layout import parse
+from foreshock.layout import BHSD, parse
 from foreshock.patterns.axes import Operand, layouts
 from foreshock.patterns.boundary import attention_site
 from foreshock.patterns.coordinates import Columns, broadcast
@@ -16,7 +16,7 @@ from foreshock.patterns.described import check_layout, check_node, check_op
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import argument, described, op, schema, shape, tensor, value
 from foreshock.patterns.pattern import Edge, Match, Miss, Pattern
-from foreshock.patterns.provenance import head_axis
+from foreshock.patterns.provenance import along_channels, head_axis
 
 _NAMED = {"BHSD": "b h s d", "BSHD": "b s h d"}
 _ROLES = ("q", "k", "v")
@@ -61,9 +61,14 @@ def _sdpa_layouts(view: GraphView, node: Node, edges: dict[str, Edge], mask: Nod
     sizes = {role: shape(source) or () for role, source in sources.items()}
     if any(len(own) < 2 for own in sizes.values()):
         return f"q, k, v and out need positions and channels: {sizes}"
+    if mask is not None:
+        sizes["mask"] = shape(mask) or ()
+    usual = all(len(own) == 4 and own[0] == sizes["q"][0] for role, own in sizes.items() if role != "mask")
+    if usual and len(sizes.get("mask", (0,) * 4)) == 4 and along_channels(view, sources["q"], 1):
+        return dict.fromkeys(sizes, BHSD)  # heads where nearly everybody has them: nothing else need be asked
     lead = sizes["out"][:-2]
     frame = (*lead, sizes["q"][-2], sizes["k"][-2])
-    if any(len(own) - 2 > len(lead) for own in sizes.values()):
+    if any(len(sizes[role]) - 2 > len(lead) for role in sources):
         return f"q, k, v and out do not fit each other: {sizes}"
     operands = {}
     for role, source in sources.items():

@@ -81,22 +81,26 @@ class Untraced:
 
 def head_axis(view: GraphView, node: Node) -> int:
     """Which of axes 1 and 2 of a 4-D tensor holds heads: the one along which the projection's channel changes."""
+    return next((axis for axis in (1, 2) if along_channels(view, node, axis)), 1)
+
+
+def along_channels(view: GraphView, node: Node, axis: int) -> bool:
+    """Whether the projection's channel changes along ``axis`` of a 4-D tensor."""
     sizes = shape(node) or ()
-    for axis in (1, 2):
-        if len(sizes) != 4 or sizes[axis] < 2:
+    if len(sizes) != 4 or sizes[axis] < 2:
+        return False
+    pull = Pull(view)
+    c = tuple(np.array([0, 1]) if a == axis else 0 for a in range(4))
+    found = pull.pieces(node, c, _last_reader(view, node))
+    for trail in found if isinstance(found, list) else ():
+        product = pull.projection(trail.view, trail.node)
+        if product is None:
             continue
-        pull = Pull(view)
-        c = tuple(np.array([0, 1]) if a == axis else 0 for a in range(4))
-        found = pull.pieces(node, c, _last_reader(view, node))
-        for trail in found if isinstance(found, list) else ():
-            product = pull.projection(trail.view, trail.node)
-            if product is None:
-                continue
-            met, side = product
-            outputs = [x for x, at in zip(trail.coordinates, met.result, strict=True) if at in met.letters[side]]
-            if any(np.unique(column).size > 1 for column in outputs):
-                return axis
-    return 1
+        met, side = product
+        outputs = [x for x, at in zip(trail.coordinates, met.result, strict=True) if at in met.letters[side]]
+        if any(np.unique(column).size > 1 for column in outputs):
+            return True
+    return False
 
 
 def trace_heads(view: GraphView, node: Node, axis: int) -> Origin | Untraced:
