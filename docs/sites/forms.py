@@ -45,14 +45,16 @@ class Router(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN) / 8)
-        self.experts = nn.Parameter(torch.randn(EXPERTS, HIDDEN) / 8)
+        self.experts = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN) / 8)
         self.register_buffer("bias", torch.zeros(EXPERTS))
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = linear(x.flatten(0, 1).float(), self.weight.float()).sigmoid()
+        tokens = x.flatten(0, 1)
+        scores = linear(tokens.float(), self.weight.float()).sigmoid()
         chosen = torch.topk(scores + self.bias, 4, dim=-1).indices
         gates = scores.gather(1, chosen)
-        return ((gates / gates.sum(-1, keepdim=True))[..., None] * self.experts[chosen]).sum(1).view_as(x)
+        outputs = torch.einsum("td,tkdf->tkf", tokens, self.experts[chosen])
+        return ((gates / gates.sum(-1, keepdim=True))[..., None] * outputs).sum(1).view_as(x)
 
 
 class Model(nn.Module):
