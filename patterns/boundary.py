@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from foreshock.patterns.axes import channels_of, heads_of
@@ -94,7 +95,7 @@ def attention_site(
             "causal": causal,
             "scale": known_scale,
             "dropout": float("nan") if dropout is None else float(dropout),
-            "dtype": str(getattr(tensor(roles["q"]), "dtype", "float32")).removeprefix("torch."),
+            "dtype": _dtype([roles[role] for role in ("q", "k", "v", "out") if role in roles]),
             **({} if fits else {"recompute": False}),
             **(facts or {}),
         },
@@ -152,3 +153,9 @@ def _laws(roles: Mapping[str, Node], scale: float | None, dropout: Any, broken: 
     if dropout != 0.0:
         laws["law/value_mass"] = "dropout on the probabilities: rows do not sum to one"
     return laws | {law: reason for law, reason in broken.items() if reason}
+
+
+def _dtype(nodes: Sequence[Node]) -> str:
+    """The coarsest dtype at the boundary: under autocast a kernel takes float32 and computes in what it returns."""
+    dtypes = {fake.dtype for fake in map(tensor, nodes) if fake is not None and fake.dtype.is_floating_point}
+    return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)).removeprefix("torch.")

@@ -301,3 +301,13 @@ def test_a_pattern_that_fails_is_reported_and_the_next_one_tried(capture) -> Non
     assert captured.match.pattern == "scaled_dot_product_attention"
     ((name, error),) = captured.findings.errors
     assert (name, str(error)) == ("broken", "boom")
+
+
+def test_under_autocast_the_site_has_the_dtype_that_the_kernel_computes_in(capture) -> None:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    match = capture(attend, *(torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))).match
+    assert str(match.roles["q"].meta["example_value"].dtype) == "torch.float32"
+    assert match.facts["dtype"] == "bfloat16"
