@@ -67,7 +67,8 @@ class Instances:
         """``name`` tells apart sites without weights."""
         weights = tuple(id(parameter) for parameters in held.values() for parameter in parameters)
         rows = tuple(view.index.tobytes() for view in match.weights.values())
-        key = (match.kind, match.pattern, weights or (name, repr(sorted(facts.items()))), rows)
+        form = (match.kind, match.pattern, *(match.facts.get(fact) for fact in ("sinks", "softcap")))
+        key = (*form, weights or (name, repr(sorted(facts.items()))), rows)
         found = self._by_key.get(key)
         if found is None or not found.is_live():
             found = self._by_key[key] = self._make(match, name, probe, facts, held)
