@@ -127,6 +127,22 @@ def test_families(name: str, inner: str) -> None:
         assert watch.series("router/load", router.id)[0].tolist() == SAMPLED
 
 
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [("deepseek_v3", "eager"), ("gpt_oss", "eager"), ("glm4_moe", "eager")]
+    + [
+        pytest.param(name, inner, marks=pytest.mark.slow)
+        for name in ("deepseek_v3", "gpt_oss", "glm4_moe")
+        for inner in INNERS
+        if inner != "eager"
+    ],
+)
+def test_families_that_write_in_place(name: str, inner: str) -> None:
+    """Keys and group masks are filled in place, with results that nobody uses; attention is written out, or MLA."""
+    watch = watched_like_plain(language()(name), ordinary, inner)
+    assert steps_of(watch, "law/euler") == SAMPLED
+
+
 @pytest.mark.parametrize("inner", INNERS)
 def test_dropout_by_hand(inner: str) -> None:
     assert steps_of(watched_like_plain(Block, ordinary, inner), "law/key_shift") == SAMPLED
