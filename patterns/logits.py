@@ -29,9 +29,8 @@ _BENT = frozenset(
 )
 _SUMS = frozenset({"add", "sub"})
 _SCALED = frozenset({"mul", "div"})
-_MEASURES = frozenset(
-    {"max", "amax", "logsumexp", "size", "attr.shape", "attr.dtype", "attr.device", "sum"}
-)  # of a softmax by hand
+_MEASURES = frozenset({"max", "amax", "logsumexp"})  # of a row, for a softmax by hand
+_HANDED = frozenset({"identity", "cast", "reshape", "getitem", "attr.values"})
 _PARTED = frozenset({"split", "chunk", "unbind", "tensor_split"})
 _LIMITS = frozenset({"maximum", "minimum", "max", "min"})
 
@@ -100,7 +99,8 @@ def products_before(view: GraphView, logits: Node, keys: Columns, reader: Node) 
         for write in view.written(node, user):
             way = _written(write.node, way)
             own.add(write.node)
-        if any(other not in own and op(other) not in _MEASURES and differentiates(other, node) for other in node.users):
+        others = [other for other in node.users if other not in own and not _measures(other, user)]
+        if any(differentiates(other, node) for other in others):
             way = way.breaking("the logits are read elsewhere too: their gradient is not that of one softmax")
         found = product(node)
         if found is not None and _meets(found, way):
@@ -121,6 +121,19 @@ def products_before(view: GraphView, logits: Node, keys: Columns, reader: Node) 
                 dict(reversed(way.broken)),
             )
         waiting += [(source, node, further) for source, further in _back(node, way) if source not in seen]
+
+
+def _measures(reader: Node, user: Node) -> bool:
+    """Whether ``reader`` takes a measure of each row for ``user`` alone, which subtracts it from the logits."""
+    if op(reader) not in _MEASURES:
+        return False
+    waiting = [reader]
+    while waiting:
+        readers = [other for other in waiting.pop().users if other is not user]
+        if any(op(other) not in _HANDED for other in readers):
+            return False
+        waiting += readers
+    return True
 
 
 def differentiates(reader: Node, node: Node) -> bool:

@@ -153,6 +153,25 @@ def test_a_learned_last_key_does_not_hide_the_projection(capture) -> None:
     assert match.weights["k_weight"].names == ("k.weight",)
 
 
+def test_a_gate_by_the_mass_of_each_row_reads_the_logits_too(capture) -> None:
+    def call(q, k, v):
+        a = q @ k.mT
+        return (a.softmax(-1) @ v) * (a.logsumexp(-1, keepdim=True) - 1.0).sigmoid()
+
+    laws = capture(Attention(call), torch.randn(B, S, HIDDEN)).match.laws
+    assert "read elsewhere" in laws["law/key_shift"]
+    assert "read elsewhere" in laws["law/bias"]
+
+
+@pytest.mark.parametrize("measure", [lambda a: a.max(-1, keepdim=True)[0], lambda a: a.logsumexp(-1, keepdim=True)])
+def test_what_is_taken_off_a_row_is_no_reader(capture, measure) -> None:
+    def call(q, k, v):
+        e = (a := q @ k.mT).sub(measure(a)).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    assert set(capture(Attention(call), torch.randn(B, S, HIDDEN)).match.laws.values()) == {""}
+
+
 def test_a_loan_of_dtype_is_no_reader(capture) -> None:
     def call(q, k, v):
         a = q @ k.mT
