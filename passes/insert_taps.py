@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import operator
 from typing import Any
@@ -11,8 +10,8 @@ import torch
 from torch.fx import Node
 
 from foreshock.layout import canonical
-from foreshock.passes.plan import Frame, Plan, Quantity, SitePlan, add, before, version
-from foreshock.passes.taps import ENTER, LEAVE, register_statistics
+from foreshock.passes.plan import Frame, Plan, SitePlan, add, before, past_placeholders, quantities
+from foreshock.passes.taps import ENTER, LEAVE
 from foreshock.patterns import GraphView
 from foreshock.patterns.pattern import Edge, Match
 
@@ -50,41 +49,33 @@ def untappable(view: GraphView, match: Match) -> str:
 
 
 def _insert(plan: Plan, frame: Frame, site: SitePlan) -> None:
-    match, backward, _graph = site.match, site.probe.backward, frame.graph
+    match, backward = site.match, site.probe.backward
     assert backward is not None
     roles = _tapped(site)
     nodes = {role: match.roles[role] for role in (*roles, *(["out"] if _leaves(site) else []))}
-    name = f"{site.probe.name}:{getattr(backward, '__qualname__', '')}:{version(backward)}"
-    spec: dict[str, Any] = {"layout": {}, **site.facts, "statistics": name, "roles": roles}
-    key = (id(site.probe), json.dumps(spec))
-    sizes = plan.sizes(key, nodes, lambda fakes: backward(site.facts, fakes, fakes))
-    report = plan.report and functools.partial(plan.report, f"gradient statistics of probe `{site.probe.name}`")
-    register_statistics(name, backward, report)
-    piece = _tap_edges(plan, frame, site, spec) if match.operands else _tap_tensor(plan, frame, site, spec)
-    piece.meta["example_value"] = torch.empty(sum(sizes.values()), device="meta")
-    frame.pieces.append(piece)
-    for quantity, length in sizes.items():
-        merge = "max" if quantity in site.probe.maxima else "sum"
-        frame.backward.append(Quantity(site.index, quantity, length, merge))
+    spec, sizes = plan.prepare(site, backward, roles, nodes, None)
+    tap = _tap_edges if match.operands else _tap_tensor
+    frame.pieces.append(tap(plan, frame, site, spec, sum(sizes.values())))
+    frame.backward += quantities(site, sizes)
 
 
 def _leaves(site: SitePlan) -> bool:
     return bool(site.match.operands) and "out" in site.match.roles
 
 
-def _tap_tensor(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any]) -> Node:
+def _tap_tensor(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any], size: int) -> Node:
     """A view of one tensor in front of all its readers."""
     (role,) = spec["roles"]
     source = site.match.roles[role]
     readers = _readers(source)
-    with before(frame.graph, _past_placeholders(source.next)):
-        piece, (view,) = _enter(frame, site, [source], spec)
+    with before(frame.graph, past_placeholders(source.next)):
+        piece, (view,) = _enter(frame, site, [source], spec, size)
     for reader in readers:
         reader.replace_input_with(source, view)
     return piece
 
 
-def _tap_edges(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any]) -> Node:
+def _tap_edges(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any], size: int) -> Node:
     """Views on the edges into the kernel, and one behind it. An operand made after the first has entered goes the way of the
     output: its gradient comes back through carriers."""
     match, graph, order = site.match, frame.graph, frame.view.order
@@ -94,11 +85,13 @@ def _tap_edges(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any]) -
     width = int(match.facts["value_dim"])
     behind = [(role, "k") for role in late] + ([("out", "q")] if _leaves(site) else [])
     for role, like in behind:
+        if like in late:
+            raise ValueError(f"{like} is made only after another operand has entered: {role} has no way back")
         _check_carrier(plan, match, role, like, width)
     spec["late"] = [{"role": role, "like": like, "width": width} for role, like in behind]
     early = spec["roles"] = [role for role in spec["roles"] if role not in late]
     with before(graph, first):
-        piece, made = _enter(frame, site, [edges[role].source for role in early], spec)
+        piece, made = _enter(frame, site, [edges[role].source for role in early], spec, size)
     for role, view in zip(early, made, strict=False):
         _replace(edges[role], view)
     carriers = made[len(early) :]
@@ -125,11 +118,13 @@ def _check_carrier(plan: Plan, match: Match, role: str, like: str, width: int) -
         raise ValueError(f"{role} {tuple(late.shape)} does not lie like {like} {tuple(lead.shape)}")
 
 
-def _enter(frame: Frame, site: SitePlan, inputs: list[Node], spec: dict[str, Any]) -> tuple[Node, list[Node]]:
+def _enter(
+    frame: Frame, site: SitePlan, inputs: list[Node], spec: dict[str, Any], size: int
+) -> tuple[Node, list[Node]]:
     """The op before the kernel, with a stand-in for its piece of the slot; its results: views, then carriers."""
     values = [node.meta["example_value"] for node in inputs]
     values += [values[0]] * (2 * len(spec.get("late", ())))  # carriers have no reader that asks
-    piece = add(frame.graph, _piece, (), None, _PASS, site.label)
+    piece = stand_in(frame, size, site.label)
     entered = add(frame.graph, ENTER, (inputs, piece, json.dumps(spec)), None, _PASS, site.label)
     made = [
         add(frame.graph, operator.getitem, (entered, i), value, _PASS, site.label) for i, value in enumerate(values)
@@ -141,11 +136,9 @@ def _piece() -> None:
     """Stands for a piece of the slot until the slot's size is known."""
 
 
-def piece(frame: Frame, size: int, site: str = "") -> Node:
-    """A stand-in for ``size`` numbers of the slot, where the graph inserts now."""
-    node = add(frame.graph, _piece, (), torch.empty(size, device="meta"), _PASS, site)
-    frame.pieces.append(node)
-    return node
+def stand_in(frame: Frame, size: int, site: str = "") -> Node:
+    """What stands for ``size`` numbers of the slot, where the graph inserts now; it belongs into ``frame.pieces``."""
+    return add(frame.graph, _piece, (), torch.empty(size, device="meta"), _PASS, site)
 
 
 def _readers(node: Node) -> list[Node]:
@@ -166,15 +159,9 @@ def feed_slot(plan: Plan, frame: Frame, slot: Node) -> None:
     if not frame.pieces:
         return
     lengths = [piece.meta["example_value"].shape[0] for piece in frame.pieces]
-    with before(frame.graph, _past_placeholders(slot)):
+    with before(frame.graph, past_placeholders(slot)):
         whole = add(frame.graph, torch.split, (slot, lengths), None, _PASS)
-        for index, (stand_in, length) in enumerate(zip(frame.pieces, lengths, strict=True)):
+        for index, (piece, length) in enumerate(zip(frame.pieces, lengths, strict=True)):
             cut = add(frame.graph, operator.getitem, (whole, index), plan.fake(length), _PASS)
-            stand_in.replace_all_uses_with(cut)
-            frame.graph.erase_node(stand_in)
-
-
-def _past_placeholders(node: Node) -> Node:
-    while node.op == "placeholder":
-        node = node.next
-    return node
+            piece.replace_all_uses_with(cut)
+            frame.graph.erase_node(piece)

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from foreshock import _torch
 from foreshock.passes.insert_reads import insert_read
-from foreshock.passes.insert_taps import feed_slot, insert_tap, piece
+from foreshock.passes.insert_taps import feed_slot, insert_tap, stand_in
 from foreshock.passes.plan import Frame, Plan, Quantity, add, before
 from foreshock.patterns.graph import GraphView, body_of
 from foreshock.patterns.ops import op
@@ -33,14 +33,9 @@ class Instrumented:
 
 def instrument(plan: Plan) -> Instrumented | None:
     """Run the passes on ``plan``; None if nothing was inserted."""
-    uniform = torch.zeros(2 * plan.rows, device=plan.device)
-    frame = Frame(plan.view, _placeholder(plan, plan.view, ROWS, uniform))
-    _fill(plan, frame)
+    frame = _rewrite(plan, plan.view)
     if not frame.packed:
         return None
-    zeros = torch.zeros(frame.slot_size, device=plan.device, requires_grad=True)
-    feed_slot(plan, frame, _placeholder(plan, plan.view, SLOT, zeros))
-    _pack(plan, frame)
     plan.module.recompile()
     return Instrumented(
         plan.module,
@@ -48,8 +43,27 @@ def instrument(plan: Plan) -> Instrumented | None:
         tuple(frame.backward),
         plan.rows,
         frame.slot_size,
-        [uniform, zeros],
+        [_rows(plan), _slot(plan, frame)],
     )
+
+
+def _rewrite(plan: Plan, view: GraphView) -> Frame:
+    """Fill one graph, feed its slot and pack its results. The outermost always takes rows and a slot."""
+    frame = Frame(view, _placeholder(plan, view, ROWS, _rows(plan)))
+    _fill(plan, frame)
+    if frame.slot_size or view.parent is None:
+        feed_slot(plan, frame, _placeholder(plan, view, SLOT, _slot(plan, frame)))
+    if frame.packed:
+        _pack(plan, frame)
+    return frame
+
+
+def _rows(plan: Plan) -> torch.Tensor:
+    return torch.zeros(2 * plan.rows, device=plan.device)
+
+
+def _slot(plan: Plan, frame: Frame) -> torch.Tensor:
+    return torch.zeros(frame.slot_size, device=plan.device, requires_grad=True)
 
 
 def _fill(plan: Plan, frame: Frame) -> None:
@@ -69,23 +83,26 @@ def _fill(plan: Plan, frame: Frame) -> None:
 def _call(plan: Plan, frame: Frame, call: Node, child: GraphView) -> None:
     """A body gets rows and a piece of slot as operands, and returns its packed vector as one more output."""
     if child.graph not in plan.bodies:
-        plan.bodies[child.graph] = (child, _body(plan, child))
-        if op(call) == "higher_order::invoke_subgraph":
-            call.args = (call.args[0], f"{call.args[1]}_foreshock", *call.args[2:])
+        body = body_of(call)
+        assert body is not None
+        plan.bodies[child.graph] = (child, _rewrite(plan, child))
+        body.recompile()
     first, inner = plan.bodies[child.graph]
-    if op(call) == "higher_order::invoke_subgraph" and first is not child:
-        call.args = (call.args[0], first.call.args[1], *call.args[2:])  # type: ignore[union-attr]
-    if not inner.packed:
-        return
+    if op(call) == "higher_order::invoke_subgraph":  # what is compiled is cached by this name, the plain body too
+        call.args = (call.args[0], f"{call.args[1]}_foreshock", *call.args[2:])
     here = _indices(plan, first, child)
-    with before(frame.graph, call):
-        more = [frame.rows] + ([piece(frame, inner.slot_size)] if inner.slot_size else [])
-    call.args = (*call.args, *more)
-    results: Any = call.meta["example_value"]
-    packed = plan.fake(inner.packed_size)
-    with before(frame.graph, call.next):
-        frame.packed.append(add(frame.graph, operator.getitem, (call, len(results)), packed, "pipeline"))
-    call.meta["example_value"] = (*results, packed)
+    operands = [frame.rows]
+    if inner.slot_size:
+        with before(frame.graph, call):
+            operands.append(stand_in(frame, inner.slot_size))
+        frame.pieces.append(operands[-1])
+    call.args = (*call.args, *operands)
+    if inner.packed:
+        results: Any = call.meta["example_value"]
+        packed = plan.fake(inner.packed_size)
+        with before(frame.graph, call.next):
+            frame.packed.append(add(frame.graph, operator.getitem, (call, len(results)), packed, "pipeline"))
+        call.meta["example_value"] = (*results, packed)
     frame.forward += [replace(quantity, site=here[quantity.site]) for quantity in inner.forward]
     frame.backward += [replace(quantity, site=here[quantity.site]) for quantity in inner.backward]
 
@@ -95,22 +112,6 @@ def _indices(plan: Plan, first: GraphView, view: GraphView) -> dict[int, int]:
     one, other = ([s for v in start.walk() for s in plan.sites_in(v)] for start in (first, view))
     at = {site.match.anchor: site.index for site in other}
     return {site.index: at[site.match.anchor] for site in one}
-
-
-def _body(plan: Plan, view: GraphView) -> Frame:
-    rows = _placeholder(plan, view, ROWS, torch.zeros(2 * plan.rows, device=plan.device))
-    frame = Frame(view, rows)
-    _fill(plan, frame)
-    if frame.slot_size:
-        zeros = torch.zeros(frame.slot_size, device=plan.device, requires_grad=True)
-        feed_slot(plan, frame, _placeholder(plan, view, SLOT, zeros))
-    if frame.packed:
-        _pack(plan, frame)
-    assert view.call is not None
-    body = body_of(view.call)
-    assert body is not None
-    body.recompile()
-    return frame
 
 
 def _placeholder(plan: Plan, view: GraphView, name: str, example: torch.Tensor) -> Node:

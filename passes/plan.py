@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from foreshock.passes.taps import Statistics, register_statistics
 from foreshock.patterns import GraphView, Match
 from foreshock.records import Facts, Probe
 
@@ -75,26 +77,47 @@ class Plan:
     rows: int
     strict: bool
     report: Callable[[str, Exception], None] | None = None  # for failures that show only once the graph runs
-    bodies: dict[Graph, tuple[GraphView, Frame]] = field(
-        default_factory=dict
-    )  # rewritten already, for their first call
+    bodies: dict[Graph, tuple[GraphView, Frame]] = field(default_factory=dict)  # rewritten for their first call
     failures: list[tuple[str, Exception]] = field(default_factory=list)
     _sizes: dict[Any, dict[str, int]] = field(default_factory=dict)
 
+    @functools.cached_property
+    def _by_view(self) -> Mapping[int, list[SitePlan]]:
+        found: dict[int, list[SitePlan]] = {}
+        for site in self.sites:
+            found.setdefault(id(site.match.view), []).append(site)
+        return found
+
     def sites_in(self, view: GraphView) -> list[SitePlan]:
         """The sites that stand in the graph of ``view`` itself."""
-        return [site for site in self.sites if site.match.view is view]
+        return self._by_view.get(id(view), [])
 
-    def sizes(self, key: tuple[Any, ...], nodes: Mapping[str, Node], run: Callable[..., Any]) -> dict[str, int]:
+    def prepare(
+        self, site: SitePlan, function: Statistics, roles: Sequence[str], nodes: Mapping[str, Node], rows: Node | None
+    ) -> tuple[dict[str, Any], dict[str, int]]:
+        """Make ``function`` of the site's probe available to the op that will call it: the op's spec, and the sizes of the results.
+
+        It is given the tensors of ``nodes``, and ``rows`` or, without, gradients of the same.
+        """
+        name = f"{site.probe.name}:{getattr(function, '__qualname__', '')}:{version(function)}"
+        what = f"{'gradient statistics of' if rows is None else 'running'} probe `{site.probe.name}`"
+        register_statistics(name, function, self.report and functools.partial(self.report, what))
+        spec: dict[str, Any] = {"layout": {}, **site.facts, "statistics": name, "roles": list(roles)}
+        return spec, self._sizes_of(site, function, json.dumps(spec), nodes, rows)
+
+    def _sizes_of(
+        self, site: SitePlan, function: Statistics, spec: str, nodes: Mapping[str, Node], rows: Node | None
+    ) -> dict[str, int]:
         """Run statistics on fake tensors: the sizes of the results, and an early failure. Like sites are run once."""
         fakes = {role: node.meta["example_value"] for role, node in nodes.items()}
         lies = tuple((role, str(x.shape), str(x.stride()), x.dtype) for role, x in fakes.items())
-        if (key, lies) not in self._sizes:
+        key = (id(site.probe), spec, lies)
+        if key not in self._sizes:
             with self.fake_mode, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                self._sizes[key, lies] = {
-                    name: int(result.numel()) for name, result in run({r: x.detach() for r, x in fakes.items()}).items()
-                }
-        return self._sizes[key, lies]
+                detached = {role: x.detach() for role, x in fakes.items()}
+                results = function(site.facts, detached, detached if rows is None else rows.meta["example_value"])
+                self._sizes[key] = {name: int(result.numel()) for name, result in results.items()}
+        return self._sizes[key]
 
     def fake(self, size: int) -> torch.Tensor:
         """An fp32 vector as the capture would have seen it."""
@@ -106,6 +129,20 @@ class Plan:
         if self.strict:
             raise error
         self.failures.append((what, error.with_traceback(None)))  # frames would keep the first batch alive
+
+
+def quantities(site: SitePlan, sizes: Mapping[str, int]) -> list[Quantity]:
+    """Where ``sizes`` of a site's results will stand in a packed vector."""
+    return [
+        Quantity(site.index, name, size, "max" if name in site.probe.maxima else "sum") for name, size in sizes.items()
+    ]
+
+
+def past_placeholders(node: Node) -> Node:
+    """``node``, or the first behind it that is no placeholder: those stay together."""
+    while node.op == "placeholder":
+        node = node.next
+    return node
 
 
 def add(graph: Graph, target: Any, args: tuple[Any, ...], value: Any, written_by: str, site: str = "") -> Node:

@@ -9,7 +9,6 @@ from torch.fx import Node
 
 from foreshock.patterns.coordinates import Columns
 from foreshock.patterns.graph import GraphView, source_name
-from foreshock.patterns.ops import op
 from foreshock.patterns.trail import Trail
 
 Step = tuple[GraphView, Node, Node | None, Columns]  # the next node, in which graph, who reads it, and which elements
@@ -33,11 +32,7 @@ def caller(view: GraphView, outer: GraphView) -> Node | None:
 
 def inside(child: GraphView, call: Node, index: Any, c: Columns) -> Step | str:
     """Result ``index`` of a call, as its body returns it."""
-    end = next(iter(reversed(child.graph.nodes)))
-    results: Any = end.args[0]
-    if op(call) == "higher_order::autograd_function_apply":
-        results = results[0]
-    results = results if isinstance(results, list | tuple) else (results,)
+    end, results = next(iter(reversed(child.graph.nodes))), child.results
     found = results[index] if isinstance(index, int) and index < len(results) else None
     return (child, found, end, c) if isinstance(found, Node) else f"{call.name}: its result {index} is no tensor"
 

@@ -11,17 +11,15 @@ from foreshock.errors import PatternError
 from foreshock.patterns.attention import SDPA
 from foreshock.patterns.decisions import decisions
 from foreshock.patterns.flex import FLEX
-from foreshock.patterns.graph import GraphView, body_of
+from foreshock.patterns.graph import FUNCTION, GraphView, body_of
 from foreshock.patterns.kernels import PUBLIC, described_by_schema
-from foreshock.patterns.lift import FUNCTION, lift
+from foreshock.patterns.lift import lift
 from foreshock.patterns.ops import op, schema
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER
-from foreshock.patterns.subgraph import Subgraph
 from foreshock.patterns.written import WRITTEN
 
 BUILTIN: tuple[Pattern, ...] = (SDPA, WRITTEN, FLEX, *PUBLIC, ROUTER)
-_KNOWN = ("attention", "router")
 _registered: list[Pattern] = []
 
 
@@ -64,45 +62,42 @@ def _in_one(
     view: GraphView, table: Mapping[str, list[Pattern]], errors: list[tuple[str, Exception]]
 ) -> list[Match | Miss]:
     results: list[Match | Miss] = []
-    shown: list[Match] = []
+    own: list[Match] = []  # of patterns that users gave
     for node in list(view.graph.nodes):
         candidates = table.get(op(node), ())
-        found: Match | Miss | None = None
+        missed: Match | Miss | None = None
         for pattern in candidates:
             try:
-                here = pattern.match(view, node)
-                if isinstance(here, Match) and isinstance(pattern, Subgraph):
-                    more = [match for match in pattern.further(view, node) if isinstance(match, Match)]
-                    results += more
-                    shown += [here, *more]
+                found = pattern.results(view, node)
             except Exception as error:
                 errors.append((pattern.name, error))
                 continue
-            if isinstance(pattern, Subgraph) and isinstance(here, Match) and here.kind not in _KNOWN:
-                results.append(here)  # the same ops may also be an attention or a router
-                continue
-            if isinstance(here, Match):
-                found = here
+            matches = [result for result in found if isinstance(result, Match)]
+            results += matches
+            if not any(pattern is built_in for built_in in BUILTIN):
+                own += matches
+            if matches and not pattern.beside:
+                missed = None
                 break
-            if not isinstance(found, Miss) or found.quiet:
-                found = here
+            if not matches and (not isinstance(missed, Miss) or missed.quiet):
+                missed = found[0]
         if not candidates and _is_opaque(node):
-            found = described_by_schema(view, node)
+            missed = described_by_schema(view, node)
         if not candidates and op(node).startswith("higher_order::"):
-            found = _closed(node, table)
-        if found is not None:
-            results.append(found)
-    return decisions(_without_doubles(results, shown), view)
+            missed = _closed(node, table)
+        if missed is not None:
+            results.append(missed)
+    return decisions(_without_doubles(results, own), view)
 
 
-def _without_doubles(results: list[Match | Miss], shown: list[Match]) -> list[Match | Miss]:
-    """A pattern that the user has shown may begin at another op than the built-in one that also fits: the user's stays."""
-    taken = {(match.kind, match.roles[role]) for match in shown for role in ("out", "indices") if role in match.roles}
+def _without_doubles(results: list[Match | Miss], own: list[Match]) -> list[Match | Miss]:
+    """A pattern of the user's may begin at another op than the built-in one that also fits: the user's stays."""
+    taken = {(match.kind, match.roles[role]) for match in own for role in ("out", "indices") if role in match.roles}
     return [
         result
         for result in results
         if not isinstance(result, Match)
-        or any(result is match for match in shown)
+        or any(result is match for match in own)
         or not any((result.kind, node) in taken for node in result.roles.values())
     ]
 

@@ -22,10 +22,11 @@ from foreshock.patterns.ops import op
 from foreshock.patterns.writes import Write, writes_of
 
 # Calls of other graphs: where the body stands among the arguments, and where its operands begin.
+FUNCTION = "higher_order::autograd_function_apply"
 BODIES: Mapping[str, tuple[int, int]] = {
     "higher_order::tag_activation_checkpoint": (0, 1),
     "higher_order::invoke_subgraph": (0, 2),
-    "higher_order::autograd_function_apply": (0, 2),
+    FUNCTION: (0, 2),
 }
 _NEAR = 256  # nodes that a slice visits at most, unless asked for more: matching stays linear in the graph
 
@@ -84,6 +85,14 @@ class GraphView:
         yield self
         for child in self.children.values():
             yield from child.walk()
+
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """What the graph returns to its caller: of an autograd.Function's body without what it keeps for its backward."""
+        found: Any = next(iter(reversed(self.graph.nodes))).args[0]
+        if self.call is not None and op(self.call) == FUNCTION:
+            found = found[0]
+        return tuple(found) if isinstance(found, list | tuple) else (found,)
 
     def source(self, node: Any) -> Any:
         """What ``node`` is outside: a body's placeholder is the operand it was called with, and so on outwards."""

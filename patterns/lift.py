@@ -11,11 +11,9 @@ from dataclasses import replace
 from torch.fx import Node
 
 from foreshock.layout import words
-from foreshock.patterns.graph import BODIES, GraphView
+from foreshock.patterns.graph import BODIES, FUNCTION, GraphView
 from foreshock.patterns.ops import args, op, tensor
 from foreshock.patterns.pattern import Edge, Match, Miss
-
-FUNCTION = "higher_order::autograd_function_apply"
 
 
 def lift(view: GraphView, match: Match) -> Match | Miss:
@@ -38,9 +36,7 @@ def lift(view: GraphView, match: Match) -> Match | Miss:
         names = words(match.layout[role])
         layout[role] = " ".join(names[order.index(axis)] for axis in range(len(order)))
         roles[role], operands[role] = operand, Edge(call, first + inputs[source])
-    result = next(iter(reversed(view.graph.nodes))).args[0]
-    outputs = result[0] if isinstance(result, tuple) and result and isinstance(result[0], tuple) else result
-    for index, output in enumerate(outputs if isinstance(outputs, tuple) else ()):
+    for index, output in enumerate(view.results):
         made, order = _permuted_from(output, match.roles["out"]) if isinstance(output, Node) else (None, [])
         taken = [user for user in call.users if op(user) == "getitem" and args(user)[1] == index]
         if made is match.roles["out"] and taken:

@@ -119,6 +119,11 @@ def tensor(node: Any) -> torch.Tensor | None:
     return found if isinstance(found, torch.Tensor) else None
 
 
+def dtype(node: Any) -> str:
+    """The dtype of ``node``'s tensor as its name says it: "float32" also where it is none."""
+    return str(getattr(tensor(node), "dtype", "float32")).removeprefix("torch.")
+
+
 def shape(node: Any) -> tuple[int, ...] | None:
     """Concrete sizes (hints where symbolic); a complex tensor shows its real and imaginary part as a last axis of 2."""
     found = node.meta.get("example_value") if isinstance(node, Node) else None

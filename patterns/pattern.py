@@ -85,3 +85,12 @@ class Pattern:
     name: str
     anchors: frozenset[str]
     match: Callable[[GraphView, Node], Match | Miss]
+
+    @property
+    def beside(self) -> bool:
+        """Whether its sites may stand where another pattern finds one too."""
+        return False
+
+    def results(self, view: GraphView, node: Node) -> list[Match | Miss]:
+        """All that is found around one anchor: matches, or one miss."""
+        return [self.match(view, node)]

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from foreshock.patterns.contraction import CONTRACTIONS, contraction, is_depthwise
+from foreshock.patterns.contraction import CONTRACTIONS, is_depthwise
 from foreshock.patterns.coordinates import (
     RULES,
     Columns,
@@ -64,12 +64,6 @@ _NORMS = {  # where the gain stands, and the axis it runs along (None: the last 
 }
 _CONVOLUTIONS = FIXED - {"linear"}
 _DEEPEST = 100  # sums and joins within each other on one trail: a longer one is a residual stream's
-
-
-def projection_weight(node: Node) -> Any:
-    """What ``node`` multiplies its input by, if it is a contraction; else None."""
-    found = contraction(node)
-    return None if found is None else found.operands[1]
 
 
 class Pull(Known):

@@ -19,7 +19,7 @@ from foreshock.patterns.coordinates import number
 from foreshock.patterns.described import check_node, check_op
 from foreshock.patterns.dispatch import SCORINGS, Fate, fate
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import args, argument, described, op, shape, tensor
+from foreshock.patterns.ops import args, argument, described, dtype, op, shape, tensor
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.provenance import Origin, Untraced, trace_features, weight_view
 from foreshock.patterns.pullback import Pull
@@ -181,7 +181,7 @@ def _described(
         "scoring": scoring or "none",
         "selection": "tokens" if scores.by_tokens else selection.kind,
         "biased": _biased(view, path[path.index(logits) + 1 :] if logits in path else path, experts),
-        "dtype": str(getattr(tensor(logits), "dtype", "float32")).removeprefix("torch."),
+        "dtype": dtype(logits),
     }
     axes = {"logits": _axis(view, logits, experts), "scores": scores.axis, "chosen": selection.axis}
     if any(axis != len(shape(roles.get(role, selection.scores)) or ()) - 1 for role, axis in axes.items()):
@@ -317,7 +317,7 @@ def router_op(
                 "top_k": top_k or picked[-1],
                 "scoring": scoring,
                 "selection": "topk",
-                "dtype": str(getattr(tensor(source), "dtype", "float32")).removeprefix("torch."),
+                "dtype": dtype(source),
             },
             weights={"weight": weight} if weight is not None else {},
             sources={"weight": origin.sources} if isinstance(origin, Origin) else {},

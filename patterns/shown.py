@@ -14,7 +14,7 @@ from foreshock.errors import PatternError
 from foreshock.patterns.boundary import LAWS, NO_BIAS_PAIR, attention_site
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.isomorphism import Found, is_op
-from foreshock.patterns.ops import hint, op, shape, tensor
+from foreshock.patterns.ops import dtype, hint, op, shape, tensor
 from foreshock.patterns.pattern import Edge, Match, Miss
 from foreshock.patterns.provenance import Link, Origin, trace_features, weight_view
 from foreshock.patterns.tracing import Traced
@@ -100,7 +100,7 @@ def _own(shown: Shown, view: GraphView, anchor: Node, place: Place, traced: Trac
         roles=place.roles,
         tapped=tapped,
         layout=shown.layout,
-        facts={"dtype": _dtype(place.roles[tapped]), **place.numbers, **place.facts},
+        facts={"dtype": dtype(place.roles[tapped]), **place.numbers, **place.facts},
         weights=views,
         sources=sources,
         notes=tuple(notes),
@@ -170,7 +170,7 @@ def _router(shown: Shown, view: GraphView, anchor: Node, place: Place, traced: T
             "experts": sizes[-1],
             "top_k": picked[-1],
             "scoring": next((name for name in _SCORINGS if name in written), "softmax"),
-            "dtype": _dtype(logits),
+            "dtype": dtype(logits),
             **place.numbers,
             **place.facts,
         },
@@ -186,10 +186,6 @@ def _itself(view: GraphView, node: Node) -> Origin | None:
     if source not in view.parameters or not sizes:
         return None
     return Origin((Link(source, (), Stage(np.arange(sizes[-1])[None, :], (len(sizes) - 1,), (0,))),), source, ())
-
-
-def _dtype(node: Node) -> str:
-    return str(getattr(tensor(node), "dtype", "float32")).removeprefix("torch.")
 
 
 def _plain(value: Any) -> Any:

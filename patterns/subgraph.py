@@ -55,14 +55,23 @@ class Variant:
 class Subgraph(Pattern):
     """What `subgraph` makes of a function: a `Pattern` that can be registered or given to a `Watch`.
 
-    ``further`` are the matches at one anchor beyond the one that ``match`` yields.
+    ``every`` yields all matches at one anchor, or the nearest miss.
     """
 
     kind: str
-    further: Callable[[GraphView, Node], list[Match | Miss]]
+    every: Callable[[GraphView, Node], list[Match | Miss]]
     variants: tuple[Variant, ...]
     file: str
     lines: Mapping[int, str]
+
+    @property
+    def beside(self) -> bool:
+        """The same ops may be a site of the user's own kind, and an attention or a router."""
+        return self.kind not in ("attention", "router")
+
+    def results(self, view: GraphView, node: Node) -> list[Match | Miss]:
+        """All places around one anchor where the function fits, or the nearest miss."""
+        return self.every(view, node)
 
     def __str__(self) -> str:
         return f"pattern `{self.name}` ({self.kind}), from {self.file}:\n{written(self.variants[0].traced)}"
@@ -143,13 +152,10 @@ def subgraph(
         def match(view: GraphView, node: Node) -> Match | Miss:
             return every(view, node)[0]
 
-        def further(view: GraphView, node: Node) -> list[Match | Miss]:
-            return every(view, node)[1:]
-
         file = getattr(getattr(function, "__code__", None), "co_filename", "")
         used = {node.meta["line"] for variant in variants for node in variant.motif.forms}
         lines = {line: linecache.getline(file, line).strip() for line in used}
-        pattern = Subgraph(called, anchors, match, kind, further, variants, file, lines)
+        pattern = Subgraph(called, anchors, match, kind, every, variants, file, lines)
         return pattern
 
     return decorate

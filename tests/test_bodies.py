@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from foreshock import Coverage, Watch
+from foreshock.monitors.attention_probe import ATTENTION
 
 D, H = 16, 2
 
@@ -168,3 +170,35 @@ def test_what_stands_in_a_branch_is_named(one_thread) -> None:
         torch.compile(Branch().eval(), backend=watch.backend)(torch.randn(2, 6, D)).backward()
     (miss,) = watch.coverage.unmatched
     assert "scaled_dot_product_attention inside `cond`, which is not followed" in miss
+
+
+class Mixed(nn.Module):
+    """A block in line, and one checkpointed on a shorter sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inline, self.body = Block(), Block()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.body, self.inline(x)[:, 1:], use_reentrant=False).square().mean()
+
+
+def test_a_probe_that_fails_inside_a_body_leaves_the_rest(one_thread) -> None:
+    """The body is called with what it takes, though it has nothing to return."""
+
+    def fails_on_five(facts, tensors, rows):
+        if tensors["q"].shape[2] == 5:
+            raise ValueError("no statistics today")
+        return ATTENTION.forward(facts, tensors, rows)
+
+    probe = replace(ATTENTION, forward=fails_on_five, backward=None)
+    torch._dynamo.reset()
+    model = Mixed()
+    with Watch(every=1, inner="aot_eager", detectors=[], probes=[probe]).bind(model) as watch:
+        torch.compile(model, backend=watch.backend, fullgraph=True)(torch.randn(2, 6, D)).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        (warning,) = watch.coverage.warnings
+        steps, _ = watch.series("attention/q_rms", "attention:inline")
+        assert watch.collector.store.sites_of("attention/q_rms") == ["attention:inline"]
+    assert "no statistics today" in warning
+    assert steps.tolist() == [0]

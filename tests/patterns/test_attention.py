@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from projected import HIDDEN, Attention, B, D, G, H, S
+from projected import x as _x
 from torch import nn
 from torch.nn import functional
 
@@ -15,29 +17,7 @@ from foreshock.layout import canonical
 from foreshock.patterns import Match, Miss, Pattern, attention_op
 from foreshock.patterns.ops import op
 
-B, S, H, G, D, HIDDEN = 2, 6, 4, 2, 8, 32
 sdpa = functional.scaled_dot_product_attention
-
-
-class Attention(nn.Module):
-    """Separate projections; ``call(q, k, v)`` on ``[B, heads, S, h]``."""
-
-    def __init__(self, call=lambda q, k, v: sdpa(q, k, v, is_causal=True), kv_heads: int = H, layout: str = "BHSD"):
-        super().__init__()
-        self.q = nn.Linear(HIDDEN, H * D, bias=False)
-        self.k, self.v = (nn.Linear(HIDDEN, kv_heads * D, bias=False) for _ in range(2))
-        self.call, self.layout = call, layout
-
-    def heads(self, y):
-        y = y.view(*y.shape[:2], -1, D)
-        return y.transpose(1, 2) if self.layout == "BHSD" else y
-
-    def forward(self, x):
-        return self.call(self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x)))
-
-
-def _x() -> torch.Tensor:
-    return torch.randn(B, S, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
 MASK = torch.ones(S, S).tril().bool()

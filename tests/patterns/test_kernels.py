@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from projected import Attention, B, D, H, S
+from projected import x as _x
 from torch.nn import functional
 
 from foreshock import Watch
@@ -14,29 +15,7 @@ from foreshock.errors import PatternError
 from foreshock.patterns import attention_op
 from foreshock.patterns.ops import op
 
-B, S, H, G, D, HIDDEN = 2, 6, 4, 2, 8, 32
 sdpa = functional.scaled_dot_product_attention
-
-
-class Attention(nn.Module):
-    """Separate projections; ``call(q, k, v)`` on ``[B, heads, S, h]``, ``[B, S, heads, h]`` or packed ``[B*S, heads, h]``."""
-
-    def __init__(self, call, kv_heads: int = H, layout: str = "BHSD"):
-        super().__init__()
-        self.q = nn.Linear(HIDDEN, H * D, bias=False)
-        self.k, self.v = (nn.Linear(HIDDEN, kv_heads * D, bias=False) for _ in range(2))
-        self.call, self.layout = call, layout
-
-    def heads(self, y):
-        y = y.view(*y.shape[:2], -1, D)
-        return {"BHSD": y.transpose(1, 2), "BSHD": y, "packed": y.flatten(0, 1)}[self.layout]
-
-    def forward(self, x):
-        return self.call(self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x)))
-
-
-def _x() -> torch.Tensor:
-    return torch.randn(B, S, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
 torch.library.define(
