@@ -168,6 +168,7 @@ def inputs(model: Any, config: Any, shape: int, drawn: Mapping[str, int]) -> dic
     known: dict[str, Any] = {
         "pixel_values": pixels,
         "pixel_values_images": pixels,
+        "pixel_values_videos": normal(2, frames, channels, image, image) if "pixel_values" not in takes else None,
         "hidden_states": pixels if "grid_thw" in takes else None,
         "grid_thw": grid,
         "image_grid_thw": grid if shape % 6 == 1 else None,

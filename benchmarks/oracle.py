@@ -6,6 +6,7 @@ This shares nothing with foreshock's matcher: each result of a torch function is
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ class Oracle(TorchFunctionMode):
         self.paths = {} if model is None else {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.experts = experts
-        self.events: dict[int, str] = {}
+        self.events: dict[int, str] = {}  # softmaxes that have entered no product yet
+        self.numbers = itertools.count()
         self.attentions: Counter[str] = Counter()
         self.routers: Counter[str] = Counter()
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -136,8 +138,9 @@ class Oracle(TorchFunctionMode):
             self.shapes[path] = (q.shape[1], k.shape[1], q.shape[3], v.shape[3])
 
     def _event(self) -> int:
-        self.events[len(self.events)] = self._path()
-        return len(self.events) - 1
+        event = next(self.numbers)
+        self.events[event] = self._path()
+        return event
 
     def _count(self, events: set[int]) -> None:
         """One attention for all softmaxes that enter one product together: their pieces are one row."""

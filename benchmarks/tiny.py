@@ -22,13 +22,13 @@ MODES = ("small", "deep", "default")  # widths and depths; widths alone; neither
 _HEADS = re.compile(r"(^|_)(attention_heads|n_heads?|num_heads|heads|num_query_groups)$")
 _LAYERS = re.compile(r"(^|_)(layers?|depth|num_blocks|n_layer)$")
 _WIDTHS = re.compile(
-    r"size|dim|width|channels|features|units|embd|d_model|d_ff|d_inner|ffn|inner|hidden|filters|inplanes|num_landmarks"
+    r"size|dim|width|channels|features|units|embd|d_model|d_ff|d_inner|ffn|inner|hidden|filters|inplanes|num_landmarks|latents"
 )
 _FIXED = re.compile(
-    r"image_size|patch|kernel|window|stride|vocab|rate|length|batch|chunk|type_|frame|scale|index_|crop|input_size|block_size|bbox"
+    r"image_size|patch|kernel|window|stride|vocab|rate|length|batch|chunk|type_|frame|scale|index_|crop|input_size|block_size|bbox|stem|stage"
 )
 _NO_LAYERS = re.compile(
-    r"feature_layer|num_feature_levels|first_|last_|add_layer|max_window|adapter_layers|skip|shared_layers"
+    r"feature_layer|num_feature_levels|first_|last_|add_layer|max_window|adapter_layers|skip|shared_layers|feat_extract"
 )
 _MODELS = (
     "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "OBJECT_DETECTION",
@@ -98,6 +98,8 @@ def _small(plain: Mapping[str, Any], mode: str, ids: dict[int, int], tokens: Ite
             found[name] = 2
         elif name == "head_dim" and value and value == plain.get("qk_rope_head_dim"):
             found[name] = value if mode == "default" else HEAD_DIM // 2
+        elif value is None and name == "vocab_size":
+            found[name] = VOCABULARY
         elif value is None and name in ("image_token_id", "image_token_index"):
             found[name] = ids.setdefault(-1, next(tokens))
         elif type(value) is int:
