@@ -223,6 +223,9 @@ def _names(
         outside = [axis for axis in lead if axis not in {p.axis for p in alone}]
         inner = [p for p in shared if p.axis == outside[-1]]
         heads |= set(inner if len(outside) > 1 else inner[-1:] if len(inner) > 1 else ())
+    elif blind:  # keys repeated for queries of unknown heads: the whole axis is theirs
+        axes = {p.axis for p in heads} - set(lead[:1])
+        heads |= {p for p in shared if p.axis in axes}
     return {p: known.get(p, "h" if p in heads else "b") for p in pieces}
 
 

@@ -20,6 +20,7 @@ NO_BIAS_PAIR = (
     "law/key_shift",
     "law/bias",
 )  # both rest on a shift of all keys that leaves every row's softmax as it is
+NO_GRADIENT = "no gradient reaches"  # how the reason begins why no law holds in evaluation
 Sizes = tuple[int, int, int, int]
 
 
@@ -143,7 +144,7 @@ def _untappable(view: GraphView, edges: Mapping[str, Edge], sizes: Mapping[str, 
 def _laws(roles: Mapping[str, Node], scale: float | None, dropout: Any, broken: Mapping[str, str]) -> dict[str, str]:
     untapped = [role for role in ("q", "k", "v") if not getattr(tensor(roles[role]), "requires_grad", False)]
     if untapped:
-        return dict.fromkeys(LAWS, f"no gradient reaches {', '.join(untapped)}")
+        return dict.fromkeys(LAWS, f"{NO_GRADIENT} {', '.join(untapped)}")
     laws = dict.fromkeys(LAWS, "")
     if scale is None:
         laws["law/bias"] = "the softmax scale is not known"

@@ -15,6 +15,7 @@ from foreshock.patterns.graph import FUNCTION, GraphView, body_of
 from foreshock.patterns.kernels import PUBLIC, described_by_schema
 from foreshock.patterns.lift import lift
 from foreshock.patterns.ops import op, schema
+from foreshock.patterns.overlooked import overlooked
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER
 from foreshock.patterns.written import WRITTEN
@@ -87,7 +88,8 @@ def _in_one(
             missed = _closed(node, table)
         if missed is not None:
             results.append(missed)
-    return decisions(_without_doubles(results, own), view)
+    results = decisions(_without_doubles(results, own), view)
+    return [*results, *overlooked(view, results)]
 
 
 def _without_doubles(results: list[Match | Miss], own: list[Match]) -> list[Match | Miss]:

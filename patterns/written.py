@@ -179,7 +179,7 @@ def _site(
         after.channels(v_side, own),
         values.node,
     )
-    out = after.node if len(after.edges) == 2 else None
+    out = use.out
     if out is not None:
         operands["out"] = Operand(
             out,
@@ -235,6 +235,8 @@ def _broken(use: Use, logits: Logits, sinks: bool) -> dict[str, str]:
         broken |= dict.fromkeys((*NO_BIAS_PAIR, "law/value_mass"), reason)
     if use.altered:
         broken["law/value_mass"] = use.altered
+    if use.joined:
+        broken["law/bias"] = use.altered
     if use.emptied:
         broken["law/value_mass"] = "a mask may empty whole rows"
     if _adds(use.product.node):

@@ -88,6 +88,25 @@ def test_repeated_keys_keep_the_count_of_the_weights(capture) -> None:
     assert match.weights["k_weight"].read_by(H) == (0, 0, 1, 1)
 
 
+@pytest.mark.parametrize("repeat", ["repeat", "repeat_interleave"])
+def test_queries_without_a_weight_have_the_heads_of_the_kernel(capture, repeat: str) -> None:
+    """JetMoE: a graph break cuts the queries off, and keys are repeated for their experts."""
+
+    class Cut(Attention):
+        def forward(self, x, q):
+            k, v = (self.heads(y(x)) for y in (self.k, self.v))
+            twice = (
+                (lambda x: x.repeat(1, H // G, 1, 1))
+                if repeat == "repeat"
+                else lambda x: x.repeat_interleave(H // G, 1)
+            )
+            return self.call(q, twice(k), twice(v))
+
+    match = capture(Cut(lambda q, k, v: sdpa(q, k, v), kv_heads=G), _x(), torch.randn(B, H, S, D)).match
+    assert (match.facts["heads"], match.facts["kv_heads"]) == (H, G)
+    assert match.weights["k_weight"].read_by(H) == ((0, 1, 0, 1) if repeat == "repeat" else (0, 0, 1, 1))
+
+
 def test_dropout_breaks_the_mass_law_alone(capture) -> None:
     laws = capture(Attention(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5)), _x()).match.laws
     assert "dropout" in laws["law/value_mass"]

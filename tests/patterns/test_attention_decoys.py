@@ -139,8 +139,8 @@ DECOYS = {
     MultipleInstances: ("queries, `score.weight`",),
     Mixture: ("keys, `router.weight`",),
     SoftPosition: ("its values",),
-    Sinkhorn: (),
-    WithoutSoftmax: (),
+    Sinkhorn: ("a form that is not known",),
+    WithoutSoftmax: ("an attention without a softmax",),
     Contrast: (),
 }
 

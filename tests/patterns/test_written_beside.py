@@ -56,6 +56,20 @@ def test_one_projection_feeds_two_attentions(capture) -> None:
     assert all(set(match.laws.values()) == {""} for match in matches)
 
 
+def test_two_softmaxes_in_one_product_are_two_sites_without_an_output(capture) -> None:
+    """The differential transformer: what is multiplied with the values is a difference."""
+
+    def difference(q, k, v):
+        (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+        return ((q1 @ k1.mT).softmax(-1) - 0.5 * (q2 @ k2.mT).softmax(-1)) @ v
+
+    matches = capture(Attention(difference), torch.randn(B, S, HIDDEN)).findings.matches
+    assert [match.facts["head_dim"] for match in matches] == [D // 2, D // 2]
+    for match in matches:
+        assert "out" not in match.roles
+        assert {law for law, reason in match.laws.items() if not reason} == {"law/key_shift", "law/euler"}
+
+
 def test_split_logits_of_a_decoupled_position_are_one_attention(capture) -> None:
     class Decoupled(Attention):
         def __init__(self) -> None:
