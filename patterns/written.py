@@ -22,6 +22,7 @@ from foreshock.patterns.boundary import NO_BIAS_PAIR, attention_site
 from foreshock.patterns.coordinates import RULES, Columns, corner
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.logits import Logits, Place, constant, products_before
+from foreshock.patterns.masks import Sight, sight
 from foreshock.patterns.ops import args, argument, op, shape
 from foreshock.patterns.pattern import Edge, Match, Miss, Pattern
 from foreshock.patterns.products import Product
@@ -198,6 +199,11 @@ def _site(
     readable = not found.padded and not (out is not None and view.written(found.logits, out))
     sinks = logits.sinks or found.padded
     facts: dict[str, Any] = {"masked": logits.masked, "softcap": logits.softcap, "sinks": sinks}
+    seen = _sight(view, found, logits, layout["logits"]) if logits.masked else None
+    causal = None if logits.masked or logits.biased else False
+    if seen is not None:
+        learned = any(hide.how == "learned" for hide in logits.hides)
+        causal, facts["masked"] = seen.causal or (None if learned else False), seen.further
     if first:
         facts["first_key"] = first
     if use.altered or _adds(after.node):
@@ -212,13 +218,21 @@ def _site(
         layout=layout,
         out=out,
         logits=found.logits if readable else None,
-        causal=None if logits.masked or logits.biased else False,
+        causal=causal,
         scale=math.nan if scale is None else scale,
         dropout=constant(use.dropout),
         facts=facts,
         broken=_broken(use, logits, sinks),
     )
     return result if isinstance(result, Match) else result.reason
+
+
+def _sight(view: GraphView, found: Softmax, logits: Logits, layout: str) -> Sight | None:
+    """Which keys are seen, where queries and keys are the last axes."""
+    sizes = shape(found.logits) or ()
+    if found.axis != len(sizes) - 1 or len(sizes) < 2 or layout.split()[-2:-1] != ["s"] or logits.sinks:
+        return None
+    return sight(view, logits.hides, sizes[-2], sizes[-1])
 
 
 def _adds(node: Node) -> bool:

@@ -195,7 +195,7 @@ def test_a_mask_lies_as_the_frame_does(capture) -> None:
     match = capture(Attention(call), _x()).match
     assert match.layout["mask"].split()[-1] == "d"
     assert canonical(torch.zeros(B, 1, 1, S), match.layout["mask"]).shape == (B, 1, 1, S)
-    assert match.facts["masked"]
+    assert not match.facts["masked"]  # zeros hide nothing
     assert "recompute" not in match.facts
 
 

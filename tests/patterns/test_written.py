@@ -272,7 +272,7 @@ FORMS = [
     Form(where_and_sqrt, lambda q, k: _logits(q, k, D**-0.5) + ADDED, facts={"masked": True}),
     Form(masked_in_place, lambda q, k: _logits(q, k) + ADDED + BIAS, facts={"masked": True}),
     Form(head_mask, facts={"shadow": False, "masked": False}, broken=("value_mass",)),
-    Form(windows, facts={"masked": True}),
+    Form(windows, facts={"masked": False}),
     Form(returned, broken=("bias",)),
     Form(dropped, facts={"dropout": 0.5}, broken=("value_mass",)),
     Form(times_a_table, lambda q, k: _logits(q, k) * torch.linspace(0.5, 1, S), facts={"scale": None}, broken=_SHIFT),
