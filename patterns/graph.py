@@ -182,6 +182,7 @@ def _root(source: str) -> str:
 def module_path(source: str, root: str = "") -> str:
     """``L['self']._modules['layers']._modules['0']._parameters['weight']`` -> ``layers.0.weight``. ``root`` is left out."""
     path = source.removeprefix(root)
+    path = re.sub(r"\.__dict__\['(_\w+)'\]", r".\1", path)
     path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     path = re.sub(r"^(?:[LG]\['(?:self|fn)'\]|L\['([^']*)'\]|G\['([^']*)'\])", r"\1\2", path)
