@@ -219,13 +219,12 @@ def _names(
         known |= dict.fromkeys(still, "s")
         heads |= {p for p in alone if p not in still}
     shared = [p for p in rest if p not in alone]
-    if blind and not heads and shared:
+    if blind and queries is not None and len(lead) > 1:  # the call says where its heads are
+        heads |= {p for p in rest if p.axis == lead[-1]}
+    elif blind and not heads and shared:
         outside = [axis for axis in lead if axis not in {p.axis for p in alone}]
         inner = [p for p in shared if p.axis == outside[-1]]
         heads |= set(inner if len(outside) > 1 else inner[-1:] if len(inner) > 1 else ())
-    elif blind:  # keys repeated for queries of unknown heads: the whole axis is theirs
-        axes = {p.axis for p in heads} - set(lead[:1])
-        heads |= {p for p in shared if p.axis in axes}
     return {p: known.get(p, "h" if p in heads else "b") for p in pieces}
 
 

@@ -111,7 +111,7 @@ def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> 
     """Why this is no attention for want of keys, values or queries made from data."""
     pull = Pull(view)
     for role, edge in (("keys", k), ("values", v)):
-        if not pull.varies(view, edge.source):
+        if not pull.varies(view, edge.source) and not _is_projected(pull, view, edge):
             return f"softmax between two products, but its {role}, {_called(view, edge.source)}, are a constant or a parameter"
     if pull.varies(view, q.source):
         return ""
@@ -119,10 +119,9 @@ def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> 
     reason = f"softmax between two products, but its queries, {_called(view, q.source)}, are a parameter"
     if op(met.node) in ("linear", "addmm"):
         return f"{reason} that projects one input"
-    ends = [Pull(view)(edge.source, corner(edge.source), edge.node) for edge in (k, v)]
-    if any(end is None or end.bent or pull.projection(end.view, end.node) is None for end in ends):
+    if not all(_is_projected(pull, view, edge) for edge in (k, v)):
         return f"{reason}, and its keys and values are no projections"
-    of_keys, of_values = ends
+    of_keys, of_values = (Pull(view)(edge.source, corner(edge.source), edge.node) for edge in (k, v))
     assert of_keys is not None
     assert of_values is not None
     if of_keys.node is of_values.node and of_keys.coordinates == of_values.coordinates:
@@ -133,6 +132,11 @@ def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> 
     if bare and any(op(step) not in copies for step in of_keys.path):
         return f"{reason}, and its keys are no projection"
     return ""
+
+
+def _is_projected(pull: Pull, view: GraphView, edge: Edge) -> bool:
+    end = Pull(view)(edge.source, corner(edge.source), edge.node)
+    return end is not None and not end.bent and pull.projection(end.view, end.node) is not None
 
 
 def _called(view: GraphView, node: Node) -> str:

@@ -188,6 +188,14 @@ def test_without_weights_heads_stand_before_positions(capture, sizes: tuple[int,
     assert set(capture(sdpa, q, q, q).match.layout.values()) == {layout}
 
 
+def test_shared_keys_without_weights_are_heads_in_a_batch_of_one(capture) -> None:
+    """The vision towers of EXAONE and LFM: a graph break cuts all trails, and heads are told by their place alone."""
+    q, k = torch.randn(1, H, S, D, requires_grad=True), torch.randn(1, G, S, D, requires_grad=True)
+    match = capture(lambda q, k: sdpa(q, k, k, enable_gqa=True), q, k).match
+    assert (match.facts["heads"], match.facts["kv_heads"]) == (H, G)
+    assert canonical(torch.empty(1, G, S, D), match.layout["k"]).shape == (1, G, S, D)
+
+
 def test_a_mask_lies_as_the_frame_does(capture) -> None:
     def call(q, k, v):
         return sdpa(q, k, v, attn_mask=torch.zeros(B, 1, 1, S))

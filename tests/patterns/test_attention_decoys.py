@@ -174,6 +174,27 @@ class ExpandedQuery(Parts):
         return (q @ self.k(x).mT * 0.1).softmax(-1) @ self.v(x)
 
 
+class Memory(Parts):
+    """Keys and values are projections of what is learned: persistent memory."""
+
+    def forward(self, x):
+        return (self.q(x) @ self.k(self.latents).mT * 0.1).softmax(-1) @ self.v(self.latents)
+
+
+class Slots(Parts):
+    """The first decoder layer of a DETR: all three are made from learned queries."""
+
+    def forward(self, x):
+        h = self.latents.expand(B, -1, -1) + torch.zeros_like(x[:, :3])
+        return (self.q(h) @ self.k(h).mT * 0.1).softmax(-1) @ self.v(h)
+
+
+@pytest.mark.parametrize("model", [Memory, Slots])
+def test_projections_of_what_is_learned_are_keys_and_values(capture, model: type[Parts]) -> None:
+    match = capture(model(), torch.randn(B, S, HIDDEN)).match
+    assert (match.weights["q_weight"].names, match.weights["k_weight"].names) == (("q.weight",), ("k.weight",))
+
+
 @pytest.mark.parametrize("model", [ProjectedQuery, BareQuery, ExpandedQuery])
 def test_learned_queries_over_projected_keys_are_attention(capture, model: type[Parts]) -> None:
     match = capture(model(), torch.randn(B, S, HIDDEN)).match
