@@ -56,6 +56,8 @@ def find(view: GraphView, extra: Iterable[Pattern] = ()) -> Findings:
         found = [_outside(region, result) for result in _in_one(region, table, errors)]
         matches += [result for result in found if isinstance(result, Match)]
         misses += [miss for miss in found if isinstance(miss, Miss) and not miss.quiet]
+    for region in view.walk():
+        region.known.clear()  # masks are large, and views live as long as their graphs
     return Findings(tuple(matches), tuple(misses), tuple(errors))
 
 

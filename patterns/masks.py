@@ -7,7 +7,7 @@ times is hidden, so that a causal mask is known as one beside padding that is no
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import args, hint, op, shape, tensor, value
 
 HIDDEN = -1e3  # a logit below is as good as no key
-_LARGEST = 2**24  # elements of what is computed
+_LARGEST = 2**26  # elements of what is computed: of one mask for 8192 positions
 _AND = frozenset({"and", "and_", "logical_and", "bitwise_and", "mul"})
 _CONSTANTS = (
     "arange ones zeros full tensor scalar_tensor new_ones new_zeros new_full new_tensor ones_like zeros_like full_like"
@@ -30,6 +30,7 @@ _COMPARISONS = "ge gt le lt eq ne or or_ logical_or logical_not bitwise_not inve
 _NUMBERS = "bool int long add sub rsub div floordiv floor_divide neg abs clamp minimum maximum log pow exp cumsum"
 _COPIES = "identity cast stack cat repeat flip"
 _PLAIN = _AND.union(RULES, *map(str.split, (_CONSTANTS, _COMPARISONS, _NUMBERS, _COPIES)))
+_POINTWISE = _AND.union(_COMPARISONS.split(), _NUMBERS.split(), {"cast"}) - {"tril", "triu", "cumsum"}
 
 
 class Hides(NamedTuple):
@@ -72,9 +73,7 @@ class _Constants:
                 return _constants(where, self.assumed).of(outer)
             held = self.view.constants.get(outer) if isinstance(outer, Node) else None
             return None if held is None or held.numel() > _LARGEST else (held.detach().cpu(), False)
-        if op(node) not in _PLAIN or tensor(node) is None or math.prod(shape(node) or ()) > _LARGEST:
-            return None
-        return self._run(node)
+        return self._run(node) if op(node) in _PLAIN and tensor(node) is not None else None
 
     def _run(self, node: Node) -> tuple[Any, bool] | None:
         found: dict[Node, tuple[Any, bool] | None] = {}
@@ -87,22 +86,35 @@ class _Constants:
             if not is_mask or len(kept) != 1 or not isinstance(kept[0][0], torch.Tensor):
                 return None
             return (kept[0][0] & self.assumed).expand(shape(node) or ()), True
+        values = {source: entry[0] for source, entry in found.items() if entry is not None}
         partly = any(entry[1] for entry in found.values() if entry is not None)
+        if op(node) in _POINTWISE:
+            values = {source: _once(x) if isinstance(x, torch.Tensor) else x for source, x in values.items()}
+            sizes = torch.broadcast_shapes(*(x.shape for x in values.values() if isinstance(x, torch.Tensor)))
+        else:
+            sizes = torch.Size() if op(node) in RULES else torch.Size(shape(node) or ())
+        if sizes.numel() > _LARGEST:
+            return None
 
         def given(x: Any) -> Any:
             if isinstance(x, Node):
-                entry = found[x]
-                assert entry is not None
-                return entry[0].clone() if isinstance(entry[0], torch.Tensor) and _in_place(node) else entry[0]
+                return values[x].clone() if isinstance(values[x], torch.Tensor) and _in_place(node) else values[x]
             return torch.device("cpu") if isinstance(x, torch.device) else x
 
         arguments = torch.fx.node.map_aggregate(args(node), given)
         options = {name: torch.device("cpu") if name == "device" else given(x) for name, x in node.kwargs.items()}
         call = getattr(arguments[0], str(node.target)) if node.op == "call_method" else None
         if call is not None:
-            return call(*arguments[1:], **options), partly
-        assert callable(node.target)
-        return node.target(*arguments, **options), partly
+            result = call(*arguments[1:], **options)
+        else:
+            assert callable(node.target)
+            result = node.target(*arguments, **options)
+        return result.expand(shape(node) or ()) if op(node) in _POINTWISE else result, partly
+
+
+def _once(x: torch.Tensor) -> torch.Tensor:
+    """``x`` without its repetitions: of size 1 along every axis that it is only expanded to."""
+    return x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())]
 
 
 def _in_place(node: Node) -> bool:
@@ -120,42 +132,59 @@ def sight(view: GraphView, hides: Iterable[Hides], queries: int, keys: int) -> S
 
     Each has keys along its last axis and queries along the one before, or broadcasts.
     """
+    if queries * keys > _LARGEST:
+        return None
+    known: dict[Any, Sight | None] = view.known.setdefault(Sight, {})
+    values = [_values(view, hide) for hide in hides if hide.how != "learned"]
+    if any(not of for of in values):
+        return None
+    key = (queries, keys, *((how, x.data_ptr(), x.shape, x.stride()) for of in values for how, x in of))
+    if key not in known:
+        known[key] = _sight(values, queries, keys)
+    return known[key]
+
+
+def _sight(values: list[list[tuple[str, torch.Tensor]]], queries: int, keys: int) -> Sight | None:
     visible = torch.ones(queries, keys, dtype=torch.bool)
-    further = False
-    for hide in (hide for hide in hides if hide.how != "learned"):
-        seen = _seen(view, hide, queries, keys)
-        if seen is None:
+    partial = False  # whether sequences or heads may see less
+    for of in values:
+        found = [_seen(how, x) for how, x in of]
+        if any(x.shape[-1] not in (1, keys) or x.shape[-2] not in (1, queries) for x in found):
             return None
-        somewhere, everywhere = seen
-        further |= bool((somewhere != everywhere).any())
-        visible = visible & somewhere
-    causal = queries == keys and not bool(visible.triu(1).any())
-    whole = torch.ones_like(visible).tril() if causal else torch.ones_like(visible)
-    return Sight(causal, further or not torch.equal(visible, whole), further or not bool(visible.any(-1).all()))
+        first, *others = (batch for x in found for batch in x)
+        partial |= not all(torch.equal(batch, first) for batch in others)
+        visible &= functools.reduce(torch.logical_or, others, first)
+    causal = queries == keys and int(visible.triu(1).count_nonzero()) == 0
+    whole = queries * (queries + 1) // 2 if causal else queries * keys
+    further = partial or int(visible.count_nonzero()) < whole
+    return Sight(causal, further, partial or not bool(visible.any(-1).all()))
 
 
-def _seen(view: GraphView, hide: Hides, queries: int, keys: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Which keys one mask leaves to a query in some sequence or head, and which in all of them."""
+def _seen(how: str, x: torch.Tensor) -> torch.Tensor:
+    """Which keys one mask leaves to queries, ``[batches and heads, queries, keys]``."""
+    added = how == "added" and x.dtype != torch.bool
+    seen = x > HIDDEN if added else ~x.bool() if how == "filled" else x.bool()
+    return seen.reshape(-1, *seen.shape[-2:]) if seen.ndim > 1 else seen.reshape(1, 1, -1)
+
+
+def _values(view: GraphView, hide: Hides) -> list[tuple[str, torch.Tensor]]:
+    """The mask, and what it is if what was assumed is not so; nothing if it is not known."""
     found = []
     for assumed in (True, False):
-        entry = _value(view, hide.node, assumed)
+        try:
+            with torch.no_grad():
+                entry = _constants(view, assumed).of(hide.node) if isinstance(hide.node, Node) else None
+        except (
+            RuntimeError,
+            TypeError,
+            ValueError,
+            IndexError,
+            AttributeError,
+        ):  # an op of other arguments than it has
+            entry = None
         if entry is None or not isinstance(entry[0], torch.Tensor):
-            return None
-        x, partly = entry
-        added = hide.how == "added" and x.dtype != torch.bool
-        seen = x > HIDDEN if added else ~x.bool() if hide.how == "filled" else x.bool()
-        seen = seen.reshape(-1, *seen.shape[-2:]) if seen.ndim > 1 else seen.reshape(1, 1, -1)
-        if seen.shape[-1] not in (1, keys) or seen.shape[-2] not in (1, queries):
-            return None
-        found.append(seen)
-        if not partly:
+            return []
+        found.append((hide.how, _once(entry[0])))
+        if not entry[1]:
             break
-    return torch.stack([seen.any(0) for seen in found]).any(0), torch.stack([seen.all(0) for seen in found]).all(0)
-
-
-def _value(view: GraphView, node: Any, assumed: bool) -> tuple[Any, bool] | None:
-    try:
-        with torch.no_grad():
-            return _constants(view, assumed).of(node) if isinstance(node, Node) else None
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # an op of other arguments than it has
-        return None
+    return found
