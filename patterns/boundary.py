@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,10 +112,13 @@ def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes) -> Origin | 
     """The weights behind the last position; behind the first where what stands last is no projection (a learned extra key)."""
     own = shape(node) or ()
     last = trace(view, node, channels_of(layout, own), sizes[1], sizes[3])
-    if isinstance(last, Origin):
-        return last
     first = trace(view, node, channels_of(layout, own, first=True), sizes[1], sizes[3])
-    return first if isinstance(first, Origin) else last
+    if not isinstance(last, Origin):
+        return first if isinstance(first, Origin) else last
+    if isinstance(first, Origin) and first.projection is not last.projection:
+        note = f"positions come from several projections: the factors are of {last.projection.name}, the last"
+        return replace(last, notes=(*last.notes, note))
+    return last
 
 
 def _misfit(sizes: Mapping[str, Sizes]) -> str:

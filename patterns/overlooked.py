@@ -20,7 +20,8 @@ from foreshock.patterns.products import Product, product
 from foreshock.patterns.pullback import Pull
 
 _SOFTMAXES = frozenset({"softmax", "softmin", "gumbel_softmax", "log_softmax", "exp"})
-_BENT = frozenset({"sigmoid", "relu", "silu", "square"})
+_BENT = frozenset({"sigmoid", "relu", "square"})
+_NONLINEAR = _SOFTMAXES | _BENT
 _COPIES = RULES.keys() | {"identity", "cast"}
 _PRODUCTS = frozenset({"matmul", "baddbmm", "einsum", "sum"})
 _PICKS = frozenset({"embedding", "getitem", "index_select", "index"})
@@ -43,7 +44,7 @@ def overlooked(view: GraphView, results: Iterable[Match | Miss]) -> list[Miss]:
         if met is not None and node not in told:
             way = _way_back(view, pull, met)
             if way and told.isdisjoint(way):
-                found.append(_miss(node, way))
+                found.append(_miss(view, node, way))
                 told.update(way)
     return found
 
@@ -68,7 +69,11 @@ def _is_activation(view: GraphView, pull: Pull, node: Node) -> bool:
 
 def _way_back(view: GraphView, pull: Pull, met: Product) -> list[Node]:
     """From ``met`` through a nonlinear function back to another product of activations: the nodes between, or none."""
-    waiting: deque[tuple[Node, bool, tuple[Node, ...]]] = deque((edge.source, False, ()) for edge in met.edges)
+    sides = [(set(met.sizes(side)), edge) for side, edge in enumerate(met.edges)]
+    weighing = [
+        edge for own, edge in sides if any(other - own for other, _ in sides)
+    ]  # others have channels of their own
+    waiting: deque[tuple[Node, bool, tuple[Node, ...]]] = deque((edge.source, False, ()) for edge in weighing)
     seen: set[tuple[Node, bool]] = set()
     while waiting and len(seen) < _NEAR:
         node, bent, way = waiting.popleft()
@@ -82,15 +87,22 @@ def _way_back(view: GraphView, pull: Pull, met: Product) -> list[Node]:
             continue
         if pull.projection(view, node) is not None:
             continue
-        bent = bent or op(node) in _SOFTMAXES or op(node) in _BENT
+        bent = bent or op(node) in _NONLINEAR or _NONLINEAR.intersection(map(op, _inside(view, node))) != set()
         waiting.extend((source, bent, way) for source in view.dataflow.predecessors(node))
     return []
 
 
-def _miss(node: Node, way: list[Node]) -> Miss:
-    soft = next((step for step in way if op(step) in _SOFTMAXES), None)
-    bent = soft or next(step for step in way if op(step) in _BENT)
+def _inside(view: GraphView, node: Node) -> list[Node]:
+    """What ``node`` does where it calls a graph: a softmax may be an autograd.Function."""
+    return list(view.children[node].graph.nodes) if node in view.children else []
+
+
+def _miss(view: GraphView, node: Node, way: list[Node]) -> Miss:
+    steps = [(step, inner) for step in way for inner in (step, *_inside(view, step))]
+    soft = next((inner for _, inner in steps if op(inner) in _SOFTMAXES), None)
+    bent = soft or next(inner for _, inner in steps if op(inner) in _BENT)
+    at = next(step for step, inner in steps if inner is bent)
     what = f"`{op(bent)}` of a product weighs what `{node.name}` sums: "
     if soft is None:
-        return Miss(bent, what + "an attention without a softmax, for which no law is known")
-    return Miss(bent, what + "an attention in a form that is not known; describe it with `foreshock.patterns.subgraph`")
+        return Miss(at, what + "an attention without a softmax, for which no law is known")
+    return Miss(at, what + "an attention in a form that is not known; describe it with `foreshock.patterns.subgraph`")

@@ -76,11 +76,17 @@ class Instances:
         return known[1] if known is not None and known[0]() is parameter else None
 
     def resolve(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
-        """``name`` and the line of source tell apart sites without weights."""
+        """``name`` and the line of source tell apart sites without weights, ``name`` alone those that lack one of two."""
         weights = tuple(id(parameter) for parameters in held.values() for parameter in parameters)
         rows = tuple(view.index.tobytes() for view in match.weights.values())
         form = (match.kind, match.pattern, *(match.facts.get(fact) for fact in _FORM))
-        key = (*form, weights or (name, line_of(match.anchor), repr(sorted(facts.items()))), rows)
+        lacking = match.kind == "attention" and len(match.weights) == 1
+        key = (
+            *form,
+            weights or (line_of(match.anchor), repr(sorted(facts.items()))),
+            rows,
+            name * (lacking or not weights),
+        )
         known = self._by_key[key] = [instance for instance in self._by_key.get(key, ()) if instance.is_live()]
         found = _of_like_laws(known, match)
         if found is None:

@@ -44,6 +44,25 @@ def banded_in_place(q, k, v, table):
     return torch.cat([p[:, :, : S // 2] @ v[:, :, : S // 2], p[:, :, S // 2 :] @ v[:, :, S // 2 :]], 2)
 
 
+class Masked(torch.autograd.Function):
+    """DeBERTa's and SEW-D's softmax."""
+
+    @staticmethod
+    def forward(ctx, a):
+        p = a.softmax(-1)
+        ctx.save_for_backward(p)
+        return p
+
+    @staticmethod
+    def backward(ctx, grad):
+        (p,) = ctx.saved_tensors
+        return p * (grad - (p * grad).sum(-1, keepdim=True))
+
+
+def in_a_function(q, k, v, table):
+    return Masked.apply(q @ k.mT) @ v
+
+
 def sigmoid(q, k, v, table):
     return (q @ k.mT - 2).sigmoid() @ v
 
@@ -56,6 +75,7 @@ UNKNOWN = {
     summed_by_a_column_of_ones: "`exp` of a product weighs what .* a form that is not known",
     gumbel: "`gumbel_softmax` of a product weighs what .* a form that is not known",
     banded_in_place: "`softmax` of a product weighs what .* a form that is not known",
+    in_a_function: "`softmax` of a product weighs what .* a form that is not known",
     sigmoid: "`sigmoid` of a product weighs what .* an attention without a softmax",
     squared_relu: "`square` of a product weighs what .* an attention without a softmax|`relu` of a product",
 }
@@ -87,6 +107,11 @@ def experts_from_a_table(q, k, v, table):
     return torch.einsum("bhs,bsd->bhd", hidden, table)
 
 
+def indexer(q, k, v, table):
+    """A key indexer sums over heads: no values are weighed."""
+    return ((q @ k.mT).relu() * v[..., :1]).sum(1)
+
+
 def known(q, k, v, table):
     return (q @ k.mT).softmax(-1) @ v
 
@@ -97,6 +122,6 @@ def compared(q, k, v, table):
     return out, out @ out.mT
 
 
-@pytest.mark.parametrize("call", [linear_attention, decayed, experts_from_a_table, known, compared])
+@pytest.mark.parametrize("call", [linear_attention, decayed, experts_from_a_table, indexer, known, compared])
 def test_what_is_none_or_known_is_not_named(capture, call: Callable[..., Any]) -> None:
     assert capture(Attention(call), torch.randn(B, S, HIDDEN)).reasons == []
