@@ -1,4 +1,5 @@
-"""Write out calls that hide an attention: `torch.nn.functional.multi_head_attention_forward` arrives as one opaque call.
+"""Write out calls that hide an attention: `torch.nn.functional.multi_head_attention_forward` arrives as one opaque call, and the
+operands of `einsum` may stand in a list, where no edge leads to them.
 
 Its own Python code is run again on the fake tensors of the capture, and every torch function it calls becomes a node: what
 AOTAutograd would see inside it anyway, in the same order, so that the numbers are the same to the last bit.
@@ -112,6 +113,8 @@ def expand(module: GraphModule) -> None:
         for node in list(graph.nodes):
             if op(node) in EXPANDED:
                 _expand(graph, node)
+            elif op(node) == "einsum" and len(node.args) == 2 and isinstance(node.args[1], list | tuple):
+                node.args = (node.args[0], *node.args[1])
 
 
 def _expand(graph: Graph, call: Node) -> None:

@@ -164,4 +164,5 @@ def feed_slot(plan: Plan, frame: Frame, slot: Node) -> None:
         for index, (piece, length) in enumerate(zip(frame.pieces, lengths, strict=True)):
             cut = add(frame.graph, operator.getitem, (whole, index), plan.fake(length), _PASS)
             piece.replace_all_uses_with(cut)
-            frame.graph.erase_node(piece)
+    for piece in frame.pieces:
+        frame.graph.erase_node(piece)

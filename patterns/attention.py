@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from foreshock.errors import PatternError
@@ -14,6 +15,7 @@ from foreshock.patterns.boundary import attention_site
 from foreshock.patterns.coordinates import Columns, broadcast
 from foreshock.patterns.described import check_layout, check_node, check_op
 from foreshock.patterns.graph import GraphView
+from foreshock.patterns.masks import Hides, Sight, sight
 from foreshock.patterns.ops import argument, described, op, schema, shape, tensor, value
 from foreshock.patterns.pattern import Edge, Match, Miss, Pattern
 from foreshock.patterns.provenance import along_channels, head_axis
@@ -36,6 +38,9 @@ def _match_sdpa(view: GraphView, node: Node) -> Match | Miss:
         return Miss(node, layout)
     dropout = argument(node, 4, "dropout_p", 0.0)
     causal = argument(node, 5, "is_causal", False)
+    seen = None if mask is None else _seen(view, mask, edges)
+    if seen is not None:
+        causal = causal or seen.causal
     return attention_site(
         view,
         node,
@@ -47,9 +52,17 @@ def _match_sdpa(view: GraphView, node: Node) -> Match | Miss:
         causal=causal if isinstance(causal, bool) else None,
         scale=argument(node, 6, "scale"),
         dropout=_number(dropout),
-        facts={"masked": mask is not None},
-        broken={"law/value_mass": "a mask may empty whole rows" if mask is not None else ""},
+        facts={"masked": mask is not None and (seen is None or seen.further)},
+        broken={
+            "law/value_mass": "a mask may empty whole rows" if mask is not None and (seen is None or seen.empty) else ""
+        },
     )
+
+
+def _seen(view: GraphView, mask: Node, edges: dict[str, Edge]) -> Sight | None:
+    queries, keys = ((shape(edges[role].source) or (0, 0))[-2] for role in ("q", "k"))
+    how = "kept" if getattr(tensor(mask), "dtype", None) is torch.bool else "added"
+    return sight(view, [Hides(how, mask)], queries, keys)
 
 
 SDPA = Pattern("scaled_dot_product_attention", frozenset({"scaled_dot_product_attention"}), _match_sdpa)

@@ -219,7 +219,9 @@ def _names(
         known |= dict.fromkeys(still, "s")
         heads |= {p for p in alone if p not in still}
     shared = [p for p in rest if p not in alone]
-    if blind and not heads and shared:
+    if blind and queries is not None and len(lead) > 1:  # the call says where its heads are
+        heads |= {p for p in rest if p.axis == lead[-1]}
+    elif blind and not heads and shared:
         outside = [axis for axis in lead if axis not in {p.axis for p in alone}]
         inner = [p for p in shared if p.axis == outside[-1]]
         heads |= set(inner if len(outside) > 1 else inner[-1:] if len(inner) > 1 else ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ NO_BIAS_PAIR = (
     "law/key_shift",
     "law/bias",
 )  # both rest on a shift of all keys that leaves every row's softmax as it is
+NO_GRADIENT = "no gradient reaches"  # how the reason begins why no law holds in evaluation
 Sizes = tuple[int, int, int, int]
 
 
@@ -110,10 +112,13 @@ def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes) -> Origin | 
     """The weights behind the last position; behind the first where what stands last is no projection (a learned extra key)."""
     own = shape(node) or ()
     last = trace(view, node, channels_of(layout, own), sizes[1], sizes[3])
-    if isinstance(last, Origin):
-        return last
     first = trace(view, node, channels_of(layout, own, first=True), sizes[1], sizes[3])
-    return first if isinstance(first, Origin) else last
+    if not isinstance(last, Origin):
+        return first if isinstance(first, Origin) else last
+    if isinstance(first, Origin) and first.projection is not last.projection:
+        note = f"positions come from several projections: the factors are of {last.projection.name}, the last"
+        return replace(last, notes=(*last.notes, note))
+    return last
 
 
 def _misfit(sizes: Mapping[str, Sizes]) -> str:
@@ -143,7 +148,7 @@ def _untappable(view: GraphView, edges: Mapping[str, Edge], sizes: Mapping[str, 
 def _laws(roles: Mapping[str, Node], scale: float | None, dropout: Any, broken: Mapping[str, str]) -> dict[str, str]:
     untapped = [role for role in ("q", "k", "v") if not getattr(tensor(roles[role]), "requires_grad", False)]
     if untapped:
-        return dict.fromkeys(LAWS, f"no gradient reaches {', '.join(untapped)}")
+        return dict.fromkeys(LAWS, f"{NO_GRADIENT} {', '.join(untapped)}")
     laws = dict.fromkeys(LAWS, "")
     if scale is None:
         laws["law/bias"] = "the softmax scale is not known"

@@ -79,9 +79,9 @@ def taken(c: Columns, grid: tuple[int, ...], rows: Positions) -> Columns:
 
 
 def broadcast(c: Columns, sizes: tuple[int, ...]) -> Columns:
-    """Coordinates of a broadcast result -> those of an operand of ``sizes``."""
+    """Coordinates of a broadcast result -> those of an operand of ``sizes``. A single element that is listed stays listed."""
     kept = c[len(c) - len(sizes) :]
-    return tuple(0 if size == 1 else column for column, size in zip(kept, sizes, strict=True))
+    return tuple(0 if size == 1 and np.size(x) > 1 else x for x, size in zip(kept, sizes, strict=True))
 
 
 def regrouped(c: Columns, out: tuple[int, ...], source: tuple[int, ...]) -> Columns | None:

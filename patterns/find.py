@@ -15,6 +15,7 @@ from foreshock.patterns.graph import FUNCTION, GraphView, body_of
 from foreshock.patterns.kernels import PUBLIC, described_by_schema
 from foreshock.patterns.lift import lift
 from foreshock.patterns.ops import op, schema
+from foreshock.patterns.overlooked import overlooked
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER
 from foreshock.patterns.written import WRITTEN
@@ -55,6 +56,8 @@ def find(view: GraphView, extra: Iterable[Pattern] = ()) -> Findings:
         found = [_outside(region, result) for result in _in_one(region, table, errors)]
         matches += [result for result in found if isinstance(result, Match)]
         misses += [miss for miss in found if isinstance(miss, Miss) and not miss.quiet]
+    for region in view.walk():
+        region.known.clear()  # masks are large, and views live as long as their graphs
     return Findings(tuple(matches), tuple(misses), tuple(errors))
 
 
@@ -87,7 +90,8 @@ def _in_one(
             missed = _closed(node, table)
         if missed is not None:
             results.append(missed)
-    return decisions(_without_doubles(results, own), view)
+    results = decisions(_without_doubles(results, own), view)
+    return [*results, *overlooked(view, results)]
 
 
 def _without_doubles(results: list[Match | Miss], own: list[Match]) -> list[Match | Miss]:

@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from foreshock.patterns.boundary import NO_BIAS_PAIR, attention_site
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.logits import HIDDEN, constant
+from foreshock.patterns.logits import constant
+from foreshock.patterns.masks import HIDDEN
 from foreshock.patterns.ops import args, op, tensor
 from foreshock.patterns.pattern import Edge, Match, Miss, Pattern
 

@@ -35,8 +35,8 @@ _NEAR = 256  # nodes that a slice visits at most, unless asked for more: matchin
 class GraphView:
     """A graph with the example inputs of its capture. ``parameters`` maps placeholders to live parameters.
 
-    For the body of a call, ``parent`` is the view of the calling graph and ``call`` the calling node; ``parameters`` and
-    ``names`` are those of the outermost graph.
+    ``constants`` are buffers, as they were in the capture. For the body of a call, ``parent`` is the view of the calling graph and
+    ``call`` the calling node; ``parameters``, ``names`` and ``constants`` are those of the outermost graph.
     """
 
     graph: Graph
@@ -44,6 +44,7 @@ class GraphView:
     names: Mapping[Node, str]
     parent: GraphView | None = None
     call: Node | None = None
+    constants: Mapping[Node, torch.Tensor] = field(default_factory=dict)
     known: dict[type, Any] = field(default_factory=dict)  # what walks have learned, by who keeps it
     _links: dict[Node, Any] = field(default_factory=dict)
 
@@ -65,7 +66,12 @@ class GraphView:
         names = {
             node: name_of(parameter) or module_path(source_name(node), root) for node, parameter in parameters.items()
         }
-        return cls(graph, parameters, names)
+        buffers = {
+            node: example
+            for node, example in zip(placeholders, example_inputs, strict=False)
+            if "._buffers[" in source_name(node) and isinstance(example, torch.Tensor) and not example.is_meta
+        }
+        return cls(graph, parameters, names, constants=buffers)
 
     @functools.cached_property
     def children(self) -> Mapping[Node, GraphView]:
@@ -77,7 +83,9 @@ class GraphView:
                 _, first = BODIES[op(node)]
                 inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
                 links = dict(zip(inputs, node.args[first:], strict=False))
-                found[node] = GraphView(body.graph, self.parameters, self.names, self, node, _links=links)
+                found[node] = GraphView(
+                    body.graph, self.parameters, self.names, self, node, self.constants, _links=links
+                )
         return found
 
     def walk(self) -> Iterator[GraphView]:
@@ -174,6 +182,7 @@ def _root(source: str) -> str:
 def module_path(source: str, root: str = "") -> str:
     """``L['self']._modules['layers']._modules['0']._parameters['weight']`` -> ``layers.0.weight``. ``root`` is left out."""
     path = source.removeprefix(root)
+    path = re.sub(r"\.__dict__\['(_\w+)'\]", r".\1", path)
     path = re.sub(r"\._(?:modules|parameters|buffers)\['([^']*)'\]", r".\1", path)
     path = re.sub(r"\[(\d+)\]", r".\1", path)
     path = re.sub(r"^(?:[LG]\['(?:self|fn)'\]|L\['([^']*)'\]|G\['([^']*)'\])", r"\1\2", path)

@@ -2,10 +2,10 @@
 
 What tells the latent between them from a residual stream is who reads it. Nothing lies between the two but views, casts, norms
 and gains, and a latent has no reader but this one projection: every other use of it comes back into the norm between the two,
-takes other channels (the rotary half of a joint projection), yields no tensor, carries no gradient where the latent does (the
-indexer of a sparse attention), or returns it normed from the graph, as a cache. A stream is also added to something, or read by
-several projections; so is the output of a patch embedding before the first block. Where the graph ends before that can be seen,
-the stream is returned as it was before the norm.
+takes other channels (the rotary half of a joint projection), yields no tensor, carries no gradient where the latent does or ends
+in indices (the indexer of a sparse attention), or returns it normed from the graph, as a cache. A stream is also added to
+something, or read by several projections; so is the output of a patch embedding before the first block. Where the graph ends
+before that can be seen, the stream is returned as it was before the norm.
 """
 
 from __future__ import annotations
@@ -87,10 +87,13 @@ def _is_read_here_only(pull: Pull, inner: Trail, reader: Node) -> bool:
 
 
 def _comes_back(node: Node, own: set[Node], writers: set[Node]) -> bool:
-    """Whether all that is made of ``node`` meets again within ``own``."""
+    """Whether all that is made of ``node`` meets again within ``own``, or ends in a choice: indices carry no gradient."""
     seen, ahead = {node}, [node]
     while ahead:
         step = ahead.pop()
+        fake = tensor(step)
+        if fake is not None and not fake.is_floating_point():
+            continue
         if step.op == "output" or step in writers or len(seen) > _NEAR or not step.users:
             return False
         new = [user for user in step.users if user not in own and user not in seen]

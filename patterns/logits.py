@@ -16,13 +16,13 @@ from torch.fx import Node
 from foreshock.patterns.boundary import NO_BIAS_PAIR
 from foreshock.patterns.coordinates import RULES, Columns, axes, broadcast
 from foreshock.patterns.graph import GraphView
+from foreshock.patterns.masks import HIDDEN, Hides
 from foreshock.patterns.ops import args, argument, op, shape, tensor, value
 from foreshock.patterns.products import Product, product
 
 Place = Callable[[Columns], Columns | None]
 
 _NEAR = 64  # nodes seen on the way back at most
-HIDDEN = -1e3  # a logit below is as good as no key
 _IDLE = frozenset({"identity", "cast", "nan_to_num"})
 _BENT = frozenset(
     {"tanh", "sigmoid", "relu", "softplus", "dropout", "tril", "triu", "clamp", "clip", "clamp_min", "clamp_max"}
@@ -39,7 +39,8 @@ _LIMITS = frozenset({"maximum", "minimum", "max", "min"})
 class Logits:
     """How the logits are made from ``product``: ``place`` maps an element of the softmax's input to one of the product.
 
-    ``scale`` multiplies q.k (None: not known); ``broken`` are laws that a step breaks, with the reason.
+    ``scale`` multiplies q.k (None: not known); ``hides`` is what hides keys on the way; ``broken`` are laws that a step breaks,
+    with the reason.
     """
 
     product: Product
@@ -49,6 +50,7 @@ class Logits:
     masked: bool = False
     biased: bool = False
     sinks: bool = False
+    hides: tuple[Hides, ...] = ()
     broken: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -68,6 +70,7 @@ class _Way:
     masked: bool = False
     biased: bool = False
     sinks: bool = False
+    hides: tuple[Hides, ...] = ()
     broken: tuple[tuple[str, str], ...] = ()
 
     def through(self, rule: Place) -> _Way | None:
@@ -118,6 +121,7 @@ def products_before(view: GraphView, logits: Node, keys: Columns, reader: Node) 
                 way.masked,
                 way.biased,
                 way.sinks,
+                way.hides,
                 dict(reversed(way.broken)),
             )
         waiting += [(source, node, further) for source, further in _back(node, way) if source not in seen]
@@ -162,10 +166,11 @@ def _back(node: Node, way: _Way) -> Iterator[tuple[Node, _Way]]:
     elif name in _BENT:
         yield first, _bent(node, name, way)
     elif name == "masked_fill":
-        yield first, _filled(argument(node, 2, "value"), way)
+        yield first, _filled(argument(node, 2, "value"), way, Hides("filled", argument(node, 1, "mask")))
     elif name == "where":
-        for here, other in ((1, 2), (2, 1)):
-            yield from _operand(node, args(node)[here], _replaced(args(node)[other], way))
+        for here, other, how in ((1, 2, "kept"), (2, 1, "filled")):
+            hides = Hides(how, args(node)[0])
+            yield from _operand(node, args(node)[here], _replaced(args(node)[other], way, hides))
     elif name in _SUMS or name in _SCALED or (name in _LIMITS and len(args(node)) == 2):
         for here, other in ((0, 1), (1, 0)):
             source, beside = args(node)[here], args(node)[other]
@@ -314,21 +319,22 @@ def _biased(way: _Way, added: Node) -> _Way:
     """Something is added: a bias if it is learned, else it may hide keys."""
     if not _extends(added, way):
         return way
-    learned = getattr(tensor(added), "requires_grad", False)
-    return replace(way, biased=True, masked=way.masked or not learned)
+    if getattr(tensor(added), "requires_grad", False):
+        return replace(way, biased=True, hides=(*way.hides, Hides("learned", added)))
+    return replace(way, biased=True, masked=True, hides=(*way.hides, Hides("added", added)))
 
 
-def _filled(number: Any, way: _Way) -> _Way:
-    fill, way = constant(number), replace(way, masked=True)
+def _filled(number: Any, way: _Way, hides: Hides) -> _Way:
+    fill, way = constant(number), replace(way, masked=True, hides=(*way.hides, hides))
     if fill is not None and fill > HIDDEN:
         return way.breaking("masked keys keep a share of each row: their logits do not move with the keys")
     return way
 
 
-def _replaced(other: Any, way: _Way) -> _Way:
+def _replaced(other: Any, way: _Way, hides: Hides) -> _Way:
     if getattr(tensor(other), "requires_grad", False):
         return way.breaking(f"the logits are those of q.k for some keys and `{other.name}` for others")
-    return _filled(other, way)
+    return _filled(other, way, hides)
 
 
 def _bent(node: Node, name: str, way: _Way) -> _Way:
@@ -349,9 +355,9 @@ def _written(node: Node, way: _Way) -> _Way:
     """A write in place into the logits."""
     name = op(node)
     if name == "setitem":
-        return _filled(args(node)[2], way)
+        return _filled(args(node)[2], way, Hides("filled", None))
     if name == "masked_fill":
-        return _filled(argument(node, 2, "value"), way)
+        return _filled(argument(node, 2, "value"), way, Hides("filled", argument(node, 1, "mask")))
     if name in _SUMS or name in _SCALED:
         return _beside(name, 0, args(node)[1], way)
     return way.breaking(f"`{name}` writes into the logits")

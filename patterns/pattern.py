@@ -72,10 +72,15 @@ class Miss:
         return False
 
     def __str__(self) -> str:
-        trace = [line.strip() for line in self.anchor.meta.get("stack_trace", "").splitlines()]
-        files = [position for position, line in enumerate(trace) if line.startswith("File ")]
-        where = f" ({' '.join(trace[files[-1] : files[-1] + 2])})" if files else ""
-        return f"{self.anchor.name}: {self.reason}{where}"
+        where = line_of(self.anchor)
+        return f"{self.anchor.name}: {self.reason}{f' ({where})' if where else ''}"
+
+
+def line_of(node: Node) -> str:
+    """The innermost line of the user's source that made ``node``, "" where Dynamo recorded none."""
+    trace = [line.strip() for line in node.meta.get("stack_trace", "").splitlines()]
+    files = [position for position, line in enumerate(trace) if line.startswith("File ")]
+    return " ".join(trace[files[-1] : files[-1] + 2]) if files else ""
 
 
 @dataclass(frozen=True)

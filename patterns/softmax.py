@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,18 +24,21 @@ _COPIES = frozenset({"identity", "cast", "reshape"})
 
 @dataclass(frozen=True)
 class Softmax:
-    """``weights = softmax(logits)`` along ``axis``. ``padded``: something is added to each row's sum."""
+    """``weights = softmax(logits)`` along ``axis``. ``padded``: something is added to each row's sum. ``total``: the weights
+    are not divided by it themselves, but what they are summed into is."""
 
     logits: Node
     weights: Node
     axis: int
     padded: bool = False
+    total: Node | None = None
 
 
 @dataclass(frozen=True)
 class Use:
     """A product over keys. ``place`` maps an element of its operand ``side``, the probabilities as they enter, to one of the
-    softmax. ``altered`` says what was done to the probabilities on the way (""), ``shared`` whether others read them too."""
+    softmax. ``altered`` says what was done to the probabilities on the way (""), ``shared`` whether others read them too,
+    ``joined`` whether the product takes them together with others. ``out`` is the output, None where it has no tensor."""
 
     product: Product
     side: int
@@ -44,6 +48,8 @@ class Use:
     altered: str = ""
     emptied: bool = False
     shared: bool = False
+    joined: bool = False
+    out: Node | None = None
 
 
 def softmax(node: Node) -> Softmax | None:
@@ -54,6 +60,8 @@ def softmax(node: Node) -> Softmax | None:
         found = logits, dim
     elif name == "exp":
         found = _by_logarithm(args(node)[0])
+        if found[0] is None:
+            return _divided_later(node)
     else:
         return _by_hand(node)
     logits, dim = found
@@ -80,22 +88,40 @@ def _by_hand(node: Node) -> Softmax | None:
     above, below = _copied(args(node)[0]), args(node)[1]
     if not isinstance(above, Node) or op(above) != "exp" or not isinstance(below, Node):
         return None
+    total, padded = _sum_in(below)
+    return None if total is None else _of_exp(above, total, node, padded)
+
+
+def _divided_later(node: Node) -> Softmax | None:
+    """``exp(x)``, of which the sum divides something else."""
+    for user in (reader for copy in (node, *node.users) if _copied(copy) is node for reader in copy.users):
+        if op(user) == "sum":
+            found = _of_exp(node, user, node, False)
+            if found is not None:
+                return replace(found, total=user)
+    return None
+
+
+def _of_exp(above: Node, total: Node, weights: Node, padded: bool) -> Softmax | None:
+    """The softmax whose numerator is ``above`` if ``total`` is its sum along one axis."""
+    dim, logits = _one(argument(total, 1, "dim")), args(above)[0]
+    if _copied(argument(total, 0, "input")) is not above or not isinstance(dim, int) or not isinstance(logits, Node):
+        return None
+    axis = dim % axes(above)
+    return Softmax(_unshifted(logits, axis), weights, axis, padded)
+
+
+def _sum_in(below: Node) -> tuple[Node | None, bool]:
+    """The sum that a denominator is made of, and whether more than a guard against zero is added to it."""
     below, padded = _copied(below), False
     while op(below) in ("add", "clamp", "clamp_min", "maximum"):
         extra = [x for x in args(below) if isinstance(x, int | float)]
         padded |= op(below) == "add" and (not extra or max(map(abs, extra)) > 1e-3)
         inner = next((x for x in args(below) if isinstance(x, Node) and op(_copied(x)) in ("sum", "add")), None)
         if inner is None:
-            return None
+            return None, padded
         below = _copied(inner)
-    if op(below) != "sum" or _copied(argument(below, 0, "input")) is not above:
-        return None
-    dim = _one(argument(below, 1, "dim"))
-    logits = args(above)[0]
-    if not isinstance(dim, int) or not isinstance(logits, Node):
-        return None
-    axis = dim % axes(above)
-    return Softmax(_unshifted(logits, axis), node, axis, padded)
+    return (below if op(below) == "sum" else None), padded
 
 
 def _one(dims: Any) -> Any:
@@ -103,9 +129,14 @@ def _one(dims: Any) -> Any:
 
 
 def _copied(x: Any) -> Any:
-    while isinstance(x, Node) and op(x) in _COPIES and args(x):
+    while isinstance(x, Node) and (op(x) in _COPIES or _adds_axes(x)) and args(x):
         x = args(x)[0]
     return x
+
+
+def _adds_axes(x: Node) -> bool:
+    """``x[..., None]``."""
+    return op(x) == "getitem" and math.prod(shape(x) or (0,)) == math.prod(shape(args(x)[0]) or (-1,))
 
 
 def _unshifted(logits: Node, axis: int) -> Node:
@@ -129,7 +160,8 @@ def uses(view: GraphView, found: Softmax) -> Iterator[Use]:
     while waiting and len(seen) < _NEAR:
         node, way = waiting.popleft()
         readers = [user for user in node.users if shape(user) is not None or op(user) in ("split", "chunk", "unbind")]
-        way = replace(way, shared=way.shared or sum(differentiates(user, node) for user in node.users) > 1)
+        others = [user for user in node.users if user is not found.total]
+        way = replace(way, shared=way.shared or sum(differentiates(user, node) for user in others) > 1)
         for user in readers:
             yield from _used(user, node, way, found)
             for result, further in _on(user, node, way, found):
@@ -150,8 +182,40 @@ def _used(user: Node, node: Node, way: Use, found: Softmax) -> Iterator[Use]:
             keys = [
                 letter for letter in gone if _runs_along(way.place, frame, met.letters[side].index(letter), found.axis)
             ]
-            if len(keys) == 1:
-                yield replace(way, product=met, side=side, key=keys[0])
+            out = _output(met, way, found)
+            if len(keys) == 1 and (out is not None or found.total is None):
+                yield replace(way, product=met, side=side, key=keys[0], out=out)
+
+
+def _output(met: Product, way: Use, found: Softmax) -> Node | None:
+    """The output that a product over keys comes to: itself, or what it is once it is divided by the sum."""
+    if len(met.edges) != 2 or way.joined:
+        return None
+    waiting = [met.node] if found.total is not None else []
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            if shape(user) != shape(met.node):
+                continue
+            if op(user) in ("identity", "cast"):
+                waiting.append(user)
+            elif _divides(user, node, found):
+                return user
+    return met.node if found.total is None else None
+
+
+def _divides(user: Node, node: Node, found: Softmax) -> bool:
+    """Whether ``user`` is ``node`` over the sum of ``found``, or times its inverse."""
+    if op(user) not in ("div", "mul") or len(args(user)) < 2:
+        return False
+    other = args(user)[1] if args(user)[0] is node else args(user)[0]
+    other = _copied(other)
+    if op(user) == "mul" and isinstance(other, Node):
+        inverse = args(other)[1] if op(other) == "div" and constant(args(other)[0]) == 1.0 else None
+        other = args(other)[0] if op(other) == "reciprocal" else inverse
+    elif args(user)[0] is not node:
+        return False
+    return isinstance(other, Node) and _sum_in(other) == (found.total, False)
 
 
 def _runs_along(place: Place, frame: tuple[int, ...], axis: int, softmax_axis: int) -> bool:
@@ -182,6 +246,9 @@ def _on(user: Node, node: Node, way: Use, found: Softmax) -> Iterator[tuple[Node
         yield user, through(same, dropout=rate if way.dropout == 0.0 else way.dropout)
     elif name == "nan_to_num":
         yield user, through(same, emptied=True)
+    elif name in ("add", "sub"):
+        several = "the product takes several softmaxes at once: no output of one alone"
+        yield user, through(same, altered=several, joined=True)
     elif name in ("masked_fill", "where"):
         yield user, through(same, altered="probabilities are masked after the softmax: rows do not sum to one")
     elif name == "mul" or (name == "div" and args(user)[0] is node and constant(args(user)[1]) is not None):

@@ -22,6 +22,7 @@ from foreshock.patterns.boundary import NO_BIAS_PAIR, attention_site
 from foreshock.patterns.coordinates import RULES, Columns, corner
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.logits import Logits, Place, constant, products_before
+from foreshock.patterns.masks import Sight, sight
 from foreshock.patterns.ops import args, argument, op, shape
 from foreshock.patterns.pattern import Edge, Match, Miss, Pattern
 from foreshock.patterns.products import Product
@@ -110,7 +111,7 @@ def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> 
     """Why this is no attention for want of keys, values or queries made from data."""
     pull = Pull(view)
     for role, edge in (("keys", k), ("values", v)):
-        if not pull.varies(view, edge.source):
+        if not pull.varies(view, edge.source) and not _is_projected(pull, view, edge):
             return f"softmax between two products, but its {role}, {_called(view, edge.source)}, are a constant or a parameter"
     if pull.varies(view, q.source):
         return ""
@@ -118,10 +119,9 @@ def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> 
     reason = f"softmax between two products, but its queries, {_called(view, q.source)}, are a parameter"
     if op(met.node) in ("linear", "addmm"):
         return f"{reason} that projects one input"
-    ends = [Pull(view)(edge.source, corner(edge.source), edge.node) for edge in (k, v)]
-    if any(end is None or end.bent or pull.projection(end.view, end.node) is None for end in ends):
+    if not all(_is_projected(pull, view, edge) for edge in (k, v)):
         return f"{reason}, and its keys and values are no projections"
-    of_keys, of_values = ends
+    of_keys, of_values = (Pull(view)(edge.source, corner(edge.source), edge.node) for edge in (k, v))
     assert of_keys is not None
     assert of_values is not None
     if of_keys.node is of_values.node and of_keys.coordinates == of_values.coordinates:
@@ -132,6 +132,11 @@ def _not_from_data(view: GraphView, met: Product, q: Edge, k: Edge, v: Edge) -> 
     if bare and any(op(step) not in copies for step in of_keys.path):
         return f"{reason}, and its keys are no projection"
     return ""
+
+
+def _is_projected(pull: Pull, view: GraphView, edge: Edge) -> bool:
+    end = Pull(view)(edge.source, corner(edge.source), edge.node)
+    return end is not None and not end.bent and pull.projection(end.view, end.node) is not None
 
 
 def _called(view: GraphView, node: Node) -> str:
@@ -179,7 +184,7 @@ def _site(
         after.channels(v_side, own),
         values.node,
     )
-    out = after.node if len(after.edges) == 2 else None
+    out = use.out
     if out is not None:
         operands["out"] = Operand(
             out,
@@ -198,6 +203,11 @@ def _site(
     readable = not found.padded and not (out is not None and view.written(found.logits, out))
     sinks = logits.sinks or found.padded
     facts: dict[str, Any] = {"masked": logits.masked, "softcap": logits.softcap, "sinks": sinks}
+    seen = _sight(view, found, logits, layout["logits"]) if logits.masked else None
+    causal = None if logits.masked or logits.biased else False
+    if seen is not None:
+        learned = any(hide.how == "learned" for hide in logits.hides)
+        causal, facts["masked"] = seen.causal or (None if learned else False), seen.further
     if first:
         facts["first_key"] = first
     if use.altered or _adds(after.node):
@@ -212,13 +222,21 @@ def _site(
         layout=layout,
         out=out,
         logits=found.logits if readable else None,
-        causal=None if logits.masked or logits.biased else False,
+        causal=causal,
         scale=math.nan if scale is None else scale,
         dropout=constant(use.dropout),
         facts=facts,
         broken=_broken(use, logits, sinks),
     )
     return result if isinstance(result, Match) else result.reason
+
+
+def _sight(view: GraphView, found: Softmax, logits: Logits, layout: str) -> Sight | None:
+    """Which keys are seen, where queries and keys are the last axes."""
+    sizes = shape(found.logits) or ()
+    if found.axis != len(sizes) - 1 or len(sizes) < 2 or layout.split()[-2:-1] != ["s"] or logits.sinks:
+        return None
+    return sight(view, logits.hides, sizes[-2], sizes[-1])
 
 
 def _adds(node: Node) -> bool:
@@ -235,6 +253,8 @@ def _broken(use: Use, logits: Logits, sinks: bool) -> dict[str, str]:
         broken |= dict.fromkeys((*NO_BIAS_PAIR, "law/value_mass"), reason)
     if use.altered:
         broken["law/value_mass"] = use.altered
+    if use.joined:
+        broken["law/bias"] = use.altered
     if use.emptied:
         broken["law/value_mass"] = "a mask may empty whole rows"
     if _adds(use.product.node):

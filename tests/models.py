@@ -127,7 +127,9 @@ FAST: dict[str, Family] = {
     "deepseek_v3": Family(
         "DeepseekV3", {**_LOW_RANK, **_GROUPS}, **_MLA, router=Router(scoring="sigmoid", layers=(1,), facts=_GROUPED)
     ),
-    "gemma2": Family("Gemma2", {**_HEAD_DIM, "query_pre_attn_scalar": 8}, facts={"softcap": 50.0, "masked": True}),
+    "gemma2": Family(
+        "Gemma2", {**_HEAD_DIM, "query_pre_attn_scalar": 8}, facts={"softcap": 50.0, "causal": True, "masked": False}
+    ),
     "bloom": Family("Bloom", **_fused("transformer.h.{}.self_attention", "query_key_value.weight")),
     "gpt_oss": Family(
         "GptOss", {**_HEAD_DIM, **_LOCAL}, facts={"sinks": True}, router=Router(("model.layers.{}.mlp.router.weight",))

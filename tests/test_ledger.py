@@ -105,6 +105,62 @@ def test_a_frame_given_up_for_a_break_in_a_loop() -> None:
     assert line_of(loop, "opaque(x)") in said
 
 
+def test_a_library_function_that_breaks_the_graph_runs_eagerly() -> None:
+    """PyTorch's decoder looks at the values of its mask, and Dynamo compiles no module of torch.nn by itself."""
+    layer = nn.TransformerDecoderLayer(8, 2, 8, batch_first=True)
+    decoder, mask = nn.TransformerDecoder(layer, 1), nn.Transformer.generate_square_subsequent_mask(6)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.decoder(x, x, tgt_mask=mask)
+
+    with watched(Model()) as watch:
+        coverage = watch.coverage
+    assert len(coverage) == 0
+    assert any("runs eagerly, for it breaks the graph" in line and "transformer.py" in line for line in coverage.eager)
+
+
+def test_one_that_was_evaluated_first_learns_its_laws_in_training() -> None:
+    model = Attention()
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        compiled = torch.compile(model, backend=watch.backend)
+        with torch.no_grad():
+            compiled(torch.randn(2, 6, 8))
+        (before,) = watch.coverage
+        compiled(torch.randn(2, 6, 8)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        (after,) = watch.coverage
+        assert all(reason.startswith("no gradient") for reason in before.laws.values())
+        assert set(after.laws.values()) == {""}
+        assert after.site.id == before.site.id
+        assert (before.evaluations, after.evaluations, after.sampled) == (1, 2, 1)
+        assert "law/key_shift" in watch.metrics()
+
+
+def test_attentions_of_one_weight_set_are_told_apart_by_their_laws() -> None:
+    class Both(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (f(x).view(2, 6, 2, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+            first = (q @ k.mT).softmax(-1) @ v
+            return (
+                first
+                + ((q @ k.mT).tanh().softmax(-1) @ v)
+                + scaled_dot_product_attention(q, k[:, :1], v, enable_gqa=True)
+            )
+
+    with watched(Both()) as watch:
+        statuses = [status for status in watch.coverage if status.site.pattern == "written-out attention"]
+        assert [sorted(law for law, reason in status.laws.items() if not reason) for status in statuses] == [
+            ["law/bias", "law/euler", "law/key_shift", "law/value_mass"],
+            ["law/euler", "law/value_mass"],
+        ]
+        assert len({status.site.id for status in watch.coverage}) == 3
+
+
 def guarded(x: torch.Tensor) -> torch.Tensor:
     x = x * 2
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foreshock import Watch
+from foreshock.patterns.graph import module_path
 
 B, S, H, D = 2, 4, 2, 4
 
@@ -71,6 +72,18 @@ PLAIN = [(f"layers.{i}", (f"layers.{i}.qkv.weight",)) for i in (0, 1)]
 )
 def test_the_one_object_that_holds_all_weights_goes_without_saying(run, bound: bool) -> None:
     assert found(run, net if bound else None) == PLAIN
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "L['self']._modules['layers']._modules['0']._parameters['weight']",
+        "L['self'].__dict__['_modules']['layers']._modules['0'].__dict__['_parameters']['weight']",
+        "L['self'].layers[0]._parameters['weight']",
+    ],
+)
+def test_every_way_in_which_dynamo_writes_a_path_is_one_name(source: str) -> None:
+    assert module_path(source, "L['self']") == "layers.0.weight"
 
 
 def test_two_models_in_one_graph_keep_their_names() -> None:

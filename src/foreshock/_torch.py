@@ -105,6 +105,13 @@ def compilation_records() -> Sequence[Any]:
     return get_compilation_metrics()
 
 
+def is_skipped(filename: str) -> bool:
+    """Whether Dynamo leaves functions of a file to eager unless they are called from compiled code. Checked on 2.13."""
+    from torch._dynamo.trace_rules import check_file
+
+    return bool(check_file(filename, is_inlined_call=False).skipped)
+
+
 @contextlib.contextmanager
 def constants_allowed() -> Iterator[None]:
     """Let a capture on the meta device meet tensors made while tracing: there they are not made fake. Checked on 2.13."""

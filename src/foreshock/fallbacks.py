@@ -42,6 +42,8 @@ class Fallbacks:
                 self._eager.setdefault(_cut_short(record))
             else:
                 self.graph_breaks.append(_broken(record))
+                if len(record.user_stack) > 1 and _torch.is_skipped(record.user_stack[1].filename):
+                    self._eager.setdefault(_not_entered(record.user_stack[1]))
         for record in _since(_torch.compilation_records(), self._last_compilation):
             self._last_compilation = record
             frame = str(record.compile_id).rpartition("/")[0]
@@ -75,6 +77,12 @@ def _broken(record: Any) -> str:
 
 def _cut_short(record: Any) -> str:
     return f"the rest of a function runs eagerly: Dynamo cannot resume after a break here{_innermost(record)}"
+
+
+def _not_entered(at: Any) -> str:
+    """Behind a break the function that was called runs by itself, and not every file's functions are compiled by themselves."""
+    place = _place(at.filename, at.lineno, _function(at.name), at.line)
+    return f"a function of a library that Dynamo compiles only from outside runs eagerly, for it breaks the graph ({place})"
 
 
 def _innermost(record: Any) -> str:

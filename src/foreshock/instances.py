@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from foreshock.patterns import Match
+from foreshock.patterns.boundary import NO_GRADIENT
+from foreshock.patterns.pattern import line_of
 from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView, met
 
 _FIELDS = frozenset(field.name for field in fields(Site)) - {"id", "name", "kind", "pattern", "facts", "weights"}
+_FORM = ("sinks", "softcap", "heads", "kv_heads")  # attentions of one weight set that differ here are different sites
 Held = Mapping[str, tuple[torch.Tensor, ...]]  # weight role -> the parameters that stand for it in one call
 
 
@@ -34,6 +37,15 @@ class Instance:
         views = (self.site.q_weight, self.site.k_weight, self.site.weight, *self.site.weights.values())
         return all(view is None or view.resolve() is not None for view in views)
 
+    @property
+    def was_trained(self) -> bool:
+        """Whether a graph in which gradients flow has it. One met in evaluation alone is known without its laws."""
+        return not self.laws or any(not reason.startswith(NO_GRADIENT) for reason in self.laws.values())
+
+    def become(self, other: Instance) -> None:
+        """What ``other`` says of the same site holds from now on."""
+        self.site, self.facts, self.laws, self.notes = other.site, other.facts, other.laws, other.notes
+
     def status(self, more: tuple[str, ...] = ()) -> SiteStatus:
         """Its line of the ledger, with further notes."""
         return SiteStatus(self.site, self.evaluations, self.sampled, dict(self.laws), (*self.notes, *more))
@@ -45,11 +57,11 @@ class Instances:
     def __init__(self) -> None:
         self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self.parameter_ids: set[int] = set()
-        self._by_key: dict[tuple[Any, ...], Instance] = {}
+        self._by_key: dict[tuple[Any, ...], list[Instance]] = {}  # several where other laws hold
         self._ids: set[str] = set()
 
     def __iter__(self) -> Iterator[Instance]:
-        return iter(list(self._by_key.values()))
+        return itertools.chain.from_iterable(map(list, list(self._by_key.values())))
 
     def learn_names(self, names: Iterable[tuple[torch.Tensor, str]], *, bound: bool = False) -> None:
         """Names that the user gave (``bound``) win over those that Dynamo recorded first."""
@@ -64,17 +76,28 @@ class Instances:
         return known[1] if known is not None and known[0]() is parameter else None
 
     def resolve(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
-        """``name`` tells apart sites without weights."""
+        """``name`` and the line of source tell apart sites without weights, ``name`` alone those that lack one of two."""
         weights = tuple(id(parameter) for parameters in held.values() for parameter in parameters)
         rows = tuple(view.index.tobytes() for view in match.weights.values())
-        form = (match.kind, match.pattern, *(match.facts.get(fact) for fact in ("sinks", "softcap")))
-        key = (*form, weights or (name, repr(sorted(facts.items()))), rows)
-        found = self._by_key.get(key)
-        if found is None or not found.is_live():
-            found = self._by_key[key] = self._make(match, name, probe, facts, held)
-        return found
+        form = (match.kind, match.pattern, *(match.facts.get(fact) for fact in _FORM))
+        lacking = match.kind == "attention" and len(match.weights) == 1
+        key = (
+            *form,
+            weights or (line_of(match.anchor), repr(sorted(facts.items()))),
+            rows,
+            name * (lacking or not weights),
+        )
+        known = self._by_key[key] = [instance for instance in self._by_key.get(key, ()) if instance.is_live()]
+        found = _of_like_laws(known, match)
+        if found is None:
+            known.append(self._make(match, name, probe, facts, held))
+        elif match.laws and not found.was_trained and _holding(match.laws):
+            found.become(self._make(match, name, probe, facts, held, found.site.id))
+        return found or known[-1]
 
-    def _make(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
+    def _make(
+        self, match: Match, name: str, probe: Probe, facts: Facts, held: Held, known_as: str | None = None
+    ) -> Instance:
         weights = met({role: self._rebind(view, held[role]) for role, view in match.weights.items()})
         paths = [view.names[0].split(".")[:-1] for view in weights.values()]
         moved = any(view.resolve() is not match.weights[role].resolve() for role, view in weights.items())
@@ -86,7 +109,13 @@ class Instances:
         further = {key: value for key, value in match.facts.items() if key not in _FIELDS}
         others = {role: view for role, view in weights.items() if role not in _FIELDS}
         site = Site(
-            self._fresh_id(match.kind, name), name, match.kind, match.pattern, **own, facts=further, weights=others
+            known_as or self._fresh_id(match.kind, name),
+            name,
+            match.kind,
+            match.pattern,
+            **own,
+            facts=further,
+            weights=others,
         )
         told = (f"{role}: {note}" for role, view in weights.items() for note in view.notes)
         return Instance(site, probe, facts, match.laws, (*match.notes, *told))
@@ -103,6 +132,17 @@ class Instances:
             candidate, number = f"{base}#{number}", number + 1
         self._ids.add(candidate)
         return candidate
+
+
+def _of_like_laws(known: Iterable[Instance], match: Match) -> Instance | None:
+    """The instance whose laws are those of ``match``. An evaluation, where no gradient flows and so no law holds, may be any's."""
+    holding = _holding(match.laws)
+    same = (instance for instance in known if not holding or holding == _holding(instance.laws))
+    return next(same, None) or next((instance for instance in known if not instance.was_trained), None)
+
+
+def _holding(laws: Mapping[str, str]) -> set[str]:
+    return {law for law, reason in laws.items() if not reason}
 
 
 def _located(name: str, path: str, moved: bool) -> str:

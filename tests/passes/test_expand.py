@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+import foreshock
+from foreshock import Watch
 from foreshock.passes import copy_graph, expand
 from foreshock.patterns import GraphView, find
 from foreshock.patterns.ops import op
@@ -76,3 +78,25 @@ def test_the_fused_projection_of_self_attention_is_traced(need_weights: bool) ->
     x = torch.randn(S, B, D, requires_grad=True)
     torch.compile(lambda x: module(x, x, x, need_weights=need_weights)[0], backend=backend)(x)
     assert [parts[0].rpartition(".")[2] for parts in names] == ["in_proj_weight", "in_proj_weight"]
+
+
+def test_operands_of_an_einsum_in_a_list_are_seen(one_thread) -> None:
+    """Longformer and ProphetNet write ``einsum(equation, (a, b))``."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            q, k, v = (y(x).unflatten(-1, (2, 4)) for y in (self.q, self.k, self.v))
+            p = torch.einsum("bqhd,bkhd->bhqk", (q, k)).softmax(-1)
+            return torch.einsum("bhqk,bkhd->bqhd", [p, v])
+
+    torch.manual_seed(0)
+    model, x = Listed(), torch.randn(2, 6, 8)
+    (status,) = foreshock.sites(model, x)
+    assert (status.site.heads, status.site.head_dim) == (2, 4)
+    assert set(status.laws.values()) == {""}
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        assert torch.equal(torch.compile(model, backend=watch.backend)(x), model(x))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from foreshock import Watch
 from foreshock.passes.taps import ENTER, LEAVE, READ, register_statistics
 
 sdpa = functional.scaled_dot_product_attention
@@ -186,3 +187,20 @@ def test_reading_a_boundary_is_no_part_of_the_gradient(one_thread) -> None:
     vector = torch.compile(lambda: READ([x], rows, spec), backend="aot_eager", fullgraph=True)()
     assert not vector.requires_grad
     torch.testing.assert_close(vector, torch.cat([x.detach().sum().reshape(1), rows[:2]]))
+
+
+def test_taps_that_stand_right_behind_the_inputs() -> None:
+    """Kernels on graph inputs, as behind a graph break: the slot is cut in front of the first of them."""
+
+    def attend(triples: list[list[torch.Tensor]]) -> torch.Tensor:
+        return torch.cat([torch.nn.functional.scaled_dot_product_attention(*triple) for triple in triples], 2)
+
+    triples = [[torch.randn(1, 4, 8, 16, requires_grad=True) for _ in range(3)] for _ in range(3)]
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        torch.compile(attend, backend=watch.backend)(triples).sum().backward()
+        assert [status.site.heads for status in watch.coverage] == [4, 4, 4]
+    mine = [x.grad.clone() for triple in triples for x in triple]
+    for x in (x for triple in triples for x in triple):
+        x.grad = None
+    attend(triples).sum().backward()
+    assert all(torch.equal(a, x.grad) for a, x in zip(mine, (x for triple in triples for x in triple), strict=True))

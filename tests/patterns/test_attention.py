@@ -88,6 +88,25 @@ def test_repeated_keys_keep_the_count_of_the_weights(capture) -> None:
     assert match.weights["k_weight"].read_by(H) == (0, 0, 1, 1)
 
 
+@pytest.mark.parametrize("repeat", ["repeat", "repeat_interleave"])
+def test_queries_without_a_weight_have_the_heads_of_the_kernel(capture, repeat: str) -> None:
+    """JetMoE: a graph break cuts the queries off, and keys are repeated for their experts."""
+
+    class Cut(Attention):
+        def forward(self, x, q):
+            k, v = (self.heads(y(x)) for y in (self.k, self.v))
+            twice = (
+                (lambda x: x.repeat(1, H // G, 1, 1))
+                if repeat == "repeat"
+                else lambda x: x.repeat_interleave(H // G, 1)
+            )
+            return self.call(q, twice(k), twice(v))
+
+    match = capture(Cut(lambda q, k, v: sdpa(q, k, v), kv_heads=G), _x(), torch.randn(B, H, S, D)).match
+    assert (match.facts["heads"], match.facts["kv_heads"]) == (H, G)
+    assert match.weights["k_weight"].read_by(H) == ((0, 1, 0, 1) if repeat == "repeat" else (0, 0, 1, 1))
+
+
 def test_dropout_breaks_the_mass_law_alone(capture) -> None:
     laws = capture(Attention(lambda q, k, v: sdpa(q, k, v, dropout_p=0.5)), _x()).match.laws
     assert "dropout" in laws["law/value_mass"]
@@ -169,6 +188,14 @@ def test_without_weights_heads_stand_before_positions(capture, sizes: tuple[int,
     assert set(capture(sdpa, q, q, q).match.layout.values()) == {layout}
 
 
+def test_shared_keys_without_weights_are_heads_in_a_batch_of_one(capture) -> None:
+    """The vision towers of EXAONE and LFM: a graph break cuts all trails, and heads are told by their place alone."""
+    q, k = torch.randn(1, H, S, D, requires_grad=True), torch.randn(1, G, S, D, requires_grad=True)
+    match = capture(lambda q, k: sdpa(q, k, k, enable_gqa=True), q, k).match
+    assert (match.facts["heads"], match.facts["kv_heads"]) == (H, G)
+    assert canonical(torch.empty(1, G, S, D), match.layout["k"]).shape == (1, G, S, D)
+
+
 def test_a_mask_lies_as_the_frame_does(capture) -> None:
     def call(q, k, v):
         return sdpa(q, k, v, attn_mask=torch.zeros(B, 1, 1, S))
@@ -176,7 +203,7 @@ def test_a_mask_lies_as_the_frame_does(capture) -> None:
     match = capture(Attention(call), _x()).match
     assert match.layout["mask"].split()[-1] == "d"
     assert canonical(torch.zeros(B, 1, 1, S), match.layout["mask"]).shape == (B, 1, 1, S)
-    assert match.facts["masked"]
+    assert not match.facts["masked"]  # zeros hide nothing
     assert "recompute" not in match.facts
 
 

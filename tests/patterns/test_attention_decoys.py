@@ -139,8 +139,8 @@ DECOYS = {
     MultipleInstances: ("queries, `score.weight`",),
     Mixture: ("keys, `router.weight`",),
     SoftPosition: ("its values",),
-    Sinkhorn: (),
-    WithoutSoftmax: (),
+    Sinkhorn: ("a form that is not known",),
+    WithoutSoftmax: ("an attention without a softmax",),
     Contrast: (),
 }
 
@@ -172,6 +172,27 @@ class ExpandedQuery(Parts):
     def forward(self, x):
         q = self.q(self.latents.expand(B, -1, -1))
         return (q @ self.k(x).mT * 0.1).softmax(-1) @ self.v(x)
+
+
+class Memory(Parts):
+    """Keys and values are projections of what is learned: persistent memory."""
+
+    def forward(self, x):
+        return (self.q(x) @ self.k(self.latents).mT * 0.1).softmax(-1) @ self.v(self.latents)
+
+
+class Slots(Parts):
+    """The first decoder layer of a DETR: all three are made from learned queries."""
+
+    def forward(self, x):
+        h = self.latents.expand(B, -1, -1) + torch.zeros_like(x[:, :3])
+        return (self.q(h) @ self.k(h).mT * 0.1).softmax(-1) @ self.v(h)
+
+
+@pytest.mark.parametrize("model", [Memory, Slots])
+def test_projections_of_what_is_learned_are_keys_and_values(capture, model: type[Parts]) -> None:
+    match = capture(model(), torch.randn(B, S, HIDDEN)).match
+    assert (match.weights["q_weight"].names, match.weights["k_weight"].names) == (("q.weight",), ("k.weight",))
 
 
 @pytest.mark.parametrize("model", [ProjectedQuery, BareQuery, ExpandedQuery])

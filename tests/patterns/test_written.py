@@ -126,6 +126,17 @@ def by_log_softmax(q, k, v):
     return (q @ k.mT).log_softmax(-1).exp() @ v
 
 
+def divided_afterwards(q, k, v):
+    a = q @ k.mT * 0.3
+    e = (a - a.amax(-1, keepdim=True)).exp()
+    return (e @ v) / e.sum(-1, keepdim=True).clamp(min=1e-9)
+
+
+def times_the_inverse_afterwards(q, k, v):
+    e = torch.exp(q @ k.mT * 0.3)
+    return torch.einsum("bhqk,bhkd->bhqd", e, v) * (1 / e.sum(-1))[..., None]
+
+
 def multiplied_and_summed(q, k, v):
     p = ((q[:, :, :, None] * k[:, :, None]).sum(-1) * 0.3).softmax(-1)
     return (p[..., None] * v[:, :, None]).sum(3)
@@ -249,6 +260,8 @@ FORMS = [
     Form(by_hand_detached, _scaled(1 / 8), facts={"scale": 1 / 8}),
     Form(by_logsumexp),
     Form(by_log_softmax),
+    Form(divided_afterwards, _scaled(0.3), facts={"scale": 0.3}),
+    Form(times_the_inverse_afterwards, _scaled(0.3), facts={"scale": 0.3}),
     Form(multiplied_and_summed, _scaled(0.3), "b1 h s b0 d/b1 h b0 s d/b1 h b0 s d/b h s d", {"scale": 0.3}),
     Form(linear_as_product, lambda q, k: _logits(q, k)[:1, :1], "s d/s d/s d/s d", {"heads": 1, "kv_heads": 1}),
     Form(with_output_projection, layout="b h s d/b h s d/b h s d/", broken=("value_mass", "bias")),
@@ -259,7 +272,7 @@ FORMS = [
     Form(where_and_sqrt, lambda q, k: _logits(q, k, D**-0.5) + ADDED, facts={"masked": True}),
     Form(masked_in_place, lambda q, k: _logits(q, k) + ADDED + BIAS, facts={"masked": True}),
     Form(head_mask, facts={"shadow": False, "masked": False}, broken=("value_mass",)),
-    Form(windows, facts={"masked": True}),
+    Form(windows, facts={"masked": False}),
     Form(returned, broken=("bias",)),
     Form(dropped, facts={"dropout": 0.5}, broken=("value_mass",)),
     Form(times_a_table, lambda q, k: _logits(q, k) * torch.linspace(0.5, 1, S), facts={"scale": None}, broken=_SHIFT),

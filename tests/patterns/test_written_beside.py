@@ -56,6 +56,45 @@ def test_one_projection_feeds_two_attentions(capture) -> None:
     assert all(set(match.laws.values()) == {""} for match in matches)
 
 
+def test_two_softmaxes_in_one_product_are_two_sites_without_an_output(capture) -> None:
+    """The differential transformer: what is multiplied with the values is a difference."""
+
+    def difference(q, k, v):
+        (q1, q2), (k1, k2) = q.chunk(2, -1), k.chunk(2, -1)
+        return ((q1 @ k1.mT).softmax(-1) - 0.5 * (q2 @ k2.mT).softmax(-1)) @ v
+
+    matches = capture(Attention(difference), torch.randn(B, S, HIDDEN)).findings.matches
+    assert [match.facts["head_dim"] for match in matches] == [D // 2, D // 2]
+    for match in matches:
+        assert "out" not in match.roles
+        assert {law for law, reason in match.laws.items() if not reason} == {"law/key_shift", "law/euler"}
+
+
+def test_keys_of_several_projections_say_so(capture) -> None:
+    class Joint(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k2 = nn.Linear(HIDDEN, H * D)
+
+        def forward(self, x):
+            q, k, v = self.parts(x)
+            k = torch.cat([k, self.k2(x).view(*x.shape[:2], H, D).transpose(1, 2)], 2)
+            return (q @ k.mT).softmax(-1) @ torch.cat([v, v], 2)
+
+    match = capture(Joint(), torch.randn(B, S, HIDDEN)).match
+    assert match.weights["k_weight"].names == ("k2.weight",)
+    assert any("several projections" in note for note in match.notes)
+
+
+@pytest.mark.parametrize("step", [lambda a: a, lambda a: a / 4, lambda a: a + torch.zeros(S, 1), lambda a: a.tanh()])
+def test_a_single_key_is_an_attention(capture, step) -> None:
+    def call(q, k, v):
+        return step(q @ k[:, :, :1].mT).softmax(-1) @ v[:, :, :1]
+
+    match = capture(Attention(call), torch.randn(B, S, HIDDEN)).match
+    assert (match.facts["heads"], match.facts["head_dim"]) == (H, D)
+
+
 def test_split_logits_of_a_decoupled_position_are_one_attention(capture) -> None:
     class Decoupled(Attention):
         def __init__(self) -> None:
