@@ -1,6 +1,6 @@
 """What foreshock finds in every family of transformers, against a count that does not use its matcher.
 
-    python benchmarks/survey.py [FAMILY ...] [--out FILE.json] [--attention eager]
+    python benchmarks/survey [FAMILY ...] [--out FILE.json] [--attention eager]
 
 Each family's tiny random model (`tiny`) takes one training step three times: eagerly under the `oracle`, which counts attentions
 and routers by watching tensors; compiled for foreshock, whose ledger is compared with that count, the names with the model's own,
