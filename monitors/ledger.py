@@ -135,6 +135,7 @@ class Row:
     """Sites that are alike but for the number of their layer. ``footnotes`` are positions, from 1, in the table's list."""
 
     name: str
+    model: str
     sites: int
     kind: str
     form: str
@@ -162,7 +163,7 @@ def table(coverage: Iterable[SiteStatus], *, every: bool = False) -> tuple[list[
 
 def _likeness(status: SiteStatus) -> tuple[Any, ...]:
     site = status.site
-    words = (site.kind, site.pattern, shape(site), details(site), tuple(_remarks(status)), _holding(status))
+    words = (site.model, site.kind, site.pattern, shape(site), details(site), tuple(_remarks(status)), _holding(status))
     return (*words, _NUMBER.sub("#", site.name), _NUMBER.sub("#", _weights(site)), status.evaluations)
 
 
@@ -185,7 +186,7 @@ def _row(group: Sequence[SiteStatus], footnotes: tuple[int, ...]) -> Row:
     ranges = iter([_range(sorted({int(value) for value in values})) for values in numbers])
     name = _NUMBER.sub(lambda _: next(ranges), site.name)
     return Row(
-        name, len(group), site.kind, site.pattern, shape(site), details(site), _weights(site), first.evaluations,
+        name, site.model, len(group), site.kind, site.pattern, shape(site), details(site), _weights(site), first.evaluations,
         _holding(first), footnotes,
     )  # fmt: skip
 

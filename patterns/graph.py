@@ -194,3 +194,10 @@ def module_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     path = next(reversed(stack.values()))[0] if stack else ""
     return module_path(path, _root(path))
+
+
+def model_of(node: Node) -> str:
+    """The class of the outermost module under which Dynamo made ``node``: behind a graph break that of a part of the model."""
+    stack = node.meta.get("nn_module_stack")
+    made = next(iter(stack.values()))[1] if stack else ""
+    return made.__name__ if isinstance(made, type) else str(made).rpartition(".")[2]

@@ -203,7 +203,7 @@ def _site(
     readable = not found.padded and not (out is not None and view.written(found.logits, out))
     sinks = logits.sinks or found.padded
     facts: dict[str, Any] = {"masked": logits.masked, "softcap": logits.softcap, "sinks": sinks}
-    seen = _sight(view, found, logits, layout["logits"]) if logits.masked else None
+    seen = _sight(view, found, logits, layout["logits"], frame[keys]) if logits.masked else None
     causal = None if logits.masked or logits.biased else False
     if seen is not None:
         learned = any(hide.how == "learned" for hide in logits.hides)
@@ -231,12 +231,12 @@ def _site(
     return result if isinstance(result, Match) else result.reason
 
 
-def _sight(view: GraphView, found: Softmax, logits: Logits, layout: str) -> Sight | None:
+def _sight(view: GraphView, found: Softmax, logits: Logits, layout: str, keys: int) -> Sight | None:
     """Which keys are seen, where queries and keys are the last axes."""
     sizes = shape(found.logits) or ()
-    if found.axis != len(sizes) - 1 or len(sizes) < 2 or layout.split()[-2:-1] != ["s"] or logits.sinks:
+    if found.axis != len(sizes) - 1 or len(sizes) < 2 or layout.split()[-2:-1] != ["s"]:
         return None
-    return sight(view, logits.hides, sizes[-2], sizes[-1])
+    return sight(view, logits.hides, sizes[-2], keys)
 
 
 def _adds(node: Node) -> bool:

@@ -172,14 +172,18 @@ def _print_coverage(coverage: Coverage, every: bool) -> None:
     from foreshock.monitors.ledger import beside, summary, table
 
     rows, footnotes = table(coverage, every=every)
-    columns = ("site", "n", "kind", "form", "shape", "logits", "weights", "runs", "laws that hold", "notes")
+    columns = ("model", "site", "n", "kind", "form", "shape", "logits", "weights", "runs", "laws that hold", "notes")
+    models = [row.model for row in rows]
+    several = len(set(models)) > 1
+    told = iter("" if model == before else model for model, before in zip(models, ["", *models], strict=False))
     cells = [
-        (row.name, row.sites, row.kind, row.form, row.shape, row.details, row.weights, row.evaluations, row.laws,
+        (next(told), row.name, row.sites, row.kind, row.form, row.shape, row.details, row.weights, row.evaluations, row.laws,
          " ".join(f"[{number}]" for number in row.footnotes))
         for row in rows
     ]  # fmt: skip
     if rows:
-        _print_table(columns, [[str(cell) for cell in line] for line in cells])
+        first = 0 if several else 1  # a single model goes without saying
+        _print_table(columns[first:], [[str(cell) for cell in line[first:]] for line in cells])
     for number, text in enumerate(footnotes, 1):
         print(f"[{number}] {text}")
     for title, lines in beside(coverage):

@@ -12,10 +12,19 @@ import torch
 
 from foreshock.patterns import Match
 from foreshock.patterns.boundary import NO_GRADIENT
+from foreshock.patterns.graph import model_of
 from foreshock.patterns.pattern import line_of
 from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView, met
 
-_FIELDS = frozenset(field.name for field in fields(Site)) - {"id", "name", "kind", "pattern", "facts", "weights"}
+_FIELDS = frozenset(field.name for field in fields(Site)) - {
+    "id",
+    "name",
+    "kind",
+    "pattern",
+    "model",
+    "facts",
+    "weights",
+}
 _FORM = ("sinks", "softcap", "heads", "kv_heads")  # attentions of one weight set that differ here are different sites
 Held = Mapping[str, tuple[torch.Tensor, ...]]  # weight role -> the parameters that stand for it in one call
 
@@ -113,6 +122,7 @@ class Instances:
             name,
             match.kind,
             match.pattern,
+            model=model_of(match.anchor),
             **own,
             facts=further,
             weights=others,
