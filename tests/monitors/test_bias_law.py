@@ -110,7 +110,7 @@ def test_floors_grow_with_the_roundoff(law: str) -> None:
 
 def test_an_unknown_law_or_dtype_is_an_error_with_names() -> None:
     with pytest.raises(ConfigError, match="key_shift"):
-        floor("hull", "bfloat16")
+        floor("token_count", "bfloat16")
     with pytest.raises(ConfigError, match="float16"):
         floor("bias", "int8")
 
