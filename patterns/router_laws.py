@@ -7,7 +7,7 @@ experts. Whatever else reads the logits and sends a gradient back (a z-loss, a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -94,35 +94,48 @@ def _is_softmax(reader: Node, match: Match) -> bool:
 
 def _keeps(reader: Node, node: Node) -> Iterator[Node]:
     """The results of ``reader`` that a shift of all logits of a token shifts alike, entry by entry."""
-    name, given = op(reader), args(reader)
-    if name in _COPIES:
-        yield reader
-    elif name == "reshape" and (shape(reader) or (0,))[-1:] == (shape(node) or (1,))[-1:]:
-        yield reader
-    elif name in ("add", "sub") and given[0] is node and not _of_logits(given[1], node):
-        yield reader
-    elif name == "add" and given[1] is node and not _of_logits(given[0], node):
-        yield reader
-    elif name in ("mul", "div") and given[0] is node and _is_one_a_token(given[1]):
-        yield reader
-    elif name == "mul" and given[1] is node and _is_one_a_token(given[0]):
-        yield reader
-    elif name == "masked_fill" and _hides(argument(reader, 2, "value")):
-        yield reader
-    elif name == "where" and any(given[here] is node and _hides(given[3 - here]) for here in (1, 2)):
-        yield reader
-    elif name == "scatter" and argument(reader, 3, "src") is node and _is_hidden(given[0]):
-        yield reader
-    elif name in ("topk", "sort") and argument(reader, 2 if name == "topk" else 1, "dim", -1) in (-1, axes(node) - 1):
-        yield from (user for user in reader.users if op(user) in _HANDED and tensor(user) is not None)
-    elif name in ("gather", "take_along_dim") and given[0] is node and _last(reader, name) in (-1, axes(node) - 1):
-        yield reader
-    elif name == "getitem" and op(node) in _HANDED and _cuts(given[1]):
+    name = op(reader)
+    if name in ("topk", "sort"):
+        if argument(reader, 2 if name == "topk" else 1, "dim", -1) in (-1, axes(node) - 1):
+            yield from (user for user in reader.users if op(user) in _HANDED and tensor(user) is not None)
+    elif name in _COPIES or (name in _RULES and _RULES[name](reader, node)):
         yield reader
 
 
-def _last(reader: Node, name: str) -> Any:
-    return argument(reader, 1, "dim") if name == "gather" else argument(reader, 2, "dim")
+def _other(reader: Node, node: Node) -> Any:
+    """The second operand of a sum or product."""
+    return args(reader)[1 if args(reader)[0] is node else 0]
+
+
+def _shifted(reader: Node, node: Node) -> bool:
+    return not _of_logits(_other(reader, node), node) and (op(reader) == "add" or args(reader)[0] is node)
+
+
+def _multiplied(reader: Node, node: Node) -> bool:
+    """By a number, or one for each token: all logits of a token alike."""
+    other = _other(reader, node)
+    alike = constant(other) is not None or (isinstance(other, Node) and (shape(other) or (1,))[-1] == 1)
+    return alike and (op(reader) == "mul" or args(reader)[0] is node)
+
+
+def _picked(reader: Node, node: Node) -> bool:
+    dim = argument(reader, 1, "dim") if op(reader) == "gather" else argument(reader, 2, "dim")
+    return args(reader)[0] is node and dim in (-1, axes(node) - 1)
+
+
+_RULES: Mapping[str, Callable[[Node, Node], bool]] = {
+    "reshape": lambda reader, node: (shape(reader) or (0,))[-1] == (shape(node) or (1,))[-1],
+    "add": _shifted,
+    "sub": _shifted,
+    "mul": _multiplied,
+    "div": _multiplied,
+    "masked_fill": lambda reader, node: _hides(argument(reader, 2, "value")),
+    "where": lambda reader, node: any(args(reader)[i] is node and _hides(args(reader)[3 - i]) for i in (1, 2)),
+    "scatter": lambda reader, node: argument(reader, 3, "src") is node and _is_hidden(args(reader)[0]),
+    "gather": _picked,
+    "take_along_dim": _picked,
+    "getitem": lambda reader, node: op(node) in _HANDED and _cuts(args(reader)[1]),
+}
 
 
 def _of_logits(other: Any, node: Node) -> bool:
@@ -136,11 +149,6 @@ def _of_logits(other: Any, node: Node) -> bool:
             seen.add(x)
             waiting += x.all_input_nodes
     return len(seen) >= _FAR
-
-
-def _is_one_a_token(other: Any) -> bool:
-    """A number, or one for each token: it multiplies all logits of a token alike."""
-    return constant(other) is not None or (isinstance(other, Node) and (shape(other) or (1,))[-1] == 1)
 
 
 def _hides(value: Any) -> bool:
