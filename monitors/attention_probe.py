@@ -20,6 +20,7 @@ _ROLES = ("q", "k", "v", "out")
 _LARGEST = (
     1e15  # of a finite gradient as the laws count it: a flipped exponent bit would hide behind an infinite square
 )
+_SMALLEST = 1e-30  # sum of squares that a residual is taken of
 _HIDDEN = 9e3  # in logits as they were computed: a key so far below the row's largest, or below zero, is masked (by -1e4 or more)
 
 
@@ -197,11 +198,12 @@ def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str,
         )  # of rowsum(dO * O), O rounded, and what it does to dK
         found |= {
             "value_mass": (dv_sum - do_sum).square().sum((0, 2)),
-            "value_norm": do_sum.square().sum((0, 2)) + dv_sum.square().sum((0, 2)),
+            "value_norm": do_sum.square().sum((0, 2))
+            + dv_sum.square().sum((0, 2))
+            + underflow(gradients["v"]) / dv.shape[1],
             "bias_num": -(dk_sum * u).sum((0, 2)),
             "bias_den": u.square().sum((0, 2)),
-            "key_noise": _per_group(unsure.sum(2), groups).sum(0) * scale**2
-            + dk.numel() / groups * tiny(gradients["k"]),
+            "key_noise": _per_group(unsure.sum(2), groups).sum(0) * scale**2 + underflow(gradients["k"]) / groups,
             "delta": delta.sum((0, 2)),
             "delta_positive": (delta > 0).float().sum((0, 2)),
             "delta_rows": torch.ones_like(delta).sum((0, 2)),
@@ -223,6 +225,11 @@ def tiny(x: Tensor) -> float:
     Below it an entry's error is absolute, as large as one rounding of that number.
     """
     return torch.finfo(x.dtype).tiny ** 2 if x.dtype == torch.float16 else 0.0
+
+
+def underflow(x: Tensor) -> float:
+    """`tiny` summed over all entries."""
+    return x.numel() * tiny(x) if x.dtype == torch.float16 else 0.0
 
 
 def _per_group(x_BH: Tensor, groups: int) -> Tensor:
@@ -267,11 +274,16 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
     return found
 
 
+def told(norm: Array) -> Array:
+    """NaN for a sum of squares so small that float32 has lost part of them."""
+    return np.where(norm > _SMALLEST, norm, np.nan)
+
+
 def _finish_backward(facts: Facts, q: Mapping[str, Array]) -> dict[str, Array]:
     found = {
-        "law/key_shift": np.sqrt(q["key_shift"] / q["key_norm"]),
-        "law/euler": np.abs(q["euler_q"] - q["euler_k"]) / np.sqrt(q["euler_norm"]),
-        "law/euler_gain": np.sqrt(q["euler_noise"] / q["euler_norm"]),
+        "law/key_shift": np.sqrt(q["key_shift"] / told(q["key_norm"])),
+        "law/euler": np.abs(q["euler_q"] - q["euler_k"]) / np.sqrt(told(q["euler_norm"])),
+        "law/euler_gain": np.sqrt(q["euler_noise"] / told(q["euler_norm"])),
         "attention/grad_q_norm": np.sqrt(q["grad_q"]),
         "attention/grad_k_norm": np.sqrt(q["key_norm"]),
         "attention/grad_v_norm": np.sqrt(q["grad_v"]),
@@ -280,8 +292,8 @@ def _finish_backward(facts: Facts, q: Mapping[str, Array]) -> dict[str, Array]:
     }
     if "value_norm" in q:
         found |= {
-            "law/value_mass": np.sqrt(q["value_mass"] / q["value_norm"]),
-            "law/key_gain": np.sqrt(q["key_noise"] / q["key_norm"]),
+            "law/value_mass": np.sqrt(q["value_mass"] / told(q["value_norm"])),
+            "law/key_gain": np.sqrt(q["key_noise"] / told(q["key_norm"])),
             "law/bias_num": q["bias_num"],
             "law/bias_den": q["bias_den"],
             "attention/grad_delta": q["delta"] / q["delta_rows"],

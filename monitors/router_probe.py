@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foreshock.monitors.attention_probe import bounded, tiny
+from foreshock.monitors.attention_probe import bounded, told, underflow
 from foreshock.records import Array, Facts, Probe, Tensors
 
 # The margin sketch: scores lie in [0, 1] after softmax or sigmoid, in 36 bins a factor 10^(1/6) wide from 1e-6 up, and one
@@ -145,19 +145,21 @@ def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str,
 
     What is rounded is the gradient of a probability less its mean, ``g_e = p_e (dp_e - D)``. Where one expert has all but a share
     1 - p of a token, g is that much smaller than what was rounded: each token is weighed by ``1 / (1 - p)``. Experts whose g is
-    zero take no part in the softmax (it ran over the chosen ones) or have no share to speak of.
+    zero take no part in the softmax (it ran over the chosen ones) or have no share to speak of; but the surest may be rounded to
+    zero itself.
     """
     axis, experts = facts.get("axes", {}).get("logits", -1), facts["experts"]
     grad = gradients["logits"]
     g_TE = _by_expert(bounded(grad.float()), axis, experts)
     logits_TE = _by_expert(tensors["logits"], axis, experts).float()
-    surest_T = torch.where(g_TE != 0, logits_TE, float("-inf")).softmax(-1).amax(-1)
+    takes_part_TE = (g_TE != 0) | (logits_TE == logits_TE.amax(-1, keepdim=True))
+    surest_T = torch.where(takes_part_TE, logits_TE, float("-inf")).softmax(-1).amax(-1)
     left_T = (1 - torch.where(torch.isnan(surest_T), 0.0, surest_T)).clamp(min=2.0**-24)
     size_T = g_TE.square().sum(-1)
     return {
         "grad": size_T.sum(),
         "shift": g_TE.sum(-1).square().sum(),
-        "shift_norm": (size_T / left_T.square()).sum() + g_TE.numel() * tiny(grad),
+        "shift_norm": (size_T / left_T.square()).sum() + underflow(grad),
         "grad_nonfinite": (~torch.isfinite(grad)).sum().float(),
     }
 
@@ -207,7 +209,7 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
             if "choices" in q:
                 found["law/token_count"] = q["lost"] / q["choices"]
         if "grad" in q:
-            found["law/router_shift"] = np.sqrt(q["shift"] / q["shift_norm"])
+            found["law/router_shift"] = np.sqrt(q["shift"] / told(q["shift_norm"]))
             found["router/grad_norm"] = np.sqrt(q["grad"])
             found["router/grad_nonfinite"] = q["grad_nonfinite"]
     return found

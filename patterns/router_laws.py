@@ -50,7 +50,7 @@ def _shift(view: GraphView, match: Match) -> tuple[str, str]:
     """Why the law of shifts does not hold for the gradient of the logits, or "", and the coarsest dtype met."""
     logits = match.roles["logits"]
     own = str(match.facts["dtype"])
-    if not getattr(tensor(logits), "requires_grad", False):
+    if not _learns(logits):
         return "no gradient reaches the logits", own
     if match.facts.get("axes", {}).get("logits", axes(logits) - 1) != axes(logits) - 1:
         return "the experts of the logits do not lie along the last axis: their readers are not followed", own
@@ -75,7 +75,11 @@ def _sends_back(reader: Node, node: Node) -> bool:
     """Whether a gradient may come back to ``node`` through ``reader``, or through one of its results."""
     if reader.op == "output" or tensor(reader) is not None:
         return differentiates(reader, node)
-    return any(getattr(tensor(user), "requires_grad", False) for user in reader.users)
+    return any(_learns(user) for user in reader.users)
+
+
+def _learns(node: Node) -> bool:
+    return bool(getattr(tensor(node), "requires_grad", False))
 
 
 def _told(reader: Node) -> str:
@@ -97,7 +101,7 @@ def _keeps(reader: Node, node: Node) -> Iterator[Node]:
     name = op(reader)
     if name in ("topk", "sort"):
         if argument(reader, 2 if name == "topk" else 1, "dim", -1) in (-1, axes(node) - 1):
-            yield from (user for user in reader.users if op(user) in _HANDED and tensor(user) is not None)
+            yield from (user for user in reader.users if op(user) in _HANDED and _learns(user))
     elif name in _COPIES or (name in _RULES and _RULES[name](reader, node)):
         yield reader
 
