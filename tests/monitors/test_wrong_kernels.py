@@ -105,15 +105,25 @@ def _one_thread_and_a_correct_kernel(one_thread: None) -> Iterator[None]:
     flash_kernel.use(CORRECT)
 
 
-def watched(attention: Callable[[], nn.Module], dtype: torch.dtype, steps: int) -> Watch:
-    """A model trained for a few steps on random text."""
+def _text(step: int, model: nn.Module) -> Tensor:
+    return torch.randint(0, VOCABULARY, (B, S + 1))
+
+
+def watched(
+    attention: Callable[[], nn.Module],
+    dtype: torch.dtype,
+    steps: int,
+    learning_rate: float = 1e-2,
+    before: Callable[[int, nn.Module], Tensor] = _text,
+) -> Watch:
+    """A model trained for a few steps; ``before`` each it may be changed, and its tokens are made."""
     torch.manual_seed(SEED)
     model = Model(attention()).to(dtype)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     with Watch(every=1, inner="aot_eager", strict=True, on_alarm=lambda alarm: None) as watch:
         compiled = torch.compile(model, backend=watch.backend)
-        for _ in range(steps):
-            tokens = torch.randint(0, VOCABULARY, (B, S + 1))
+        for step in range(steps):
+            tokens = before(step, model)
             logits = compiled(tokens[:, :-1]).float()
             optimizer.zero_grad()
             functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
@@ -160,6 +170,33 @@ def test_every_correct_attention_keeps_all_laws(implementation: str, dtype: torc
     for law in LAWS:
         assert over_floor(watch, law, dtype) < 0.5, law
     assert watch.alarms == []
+
+
+def _one_token(step: int, model: nn.Module) -> Tensor:
+    return torch.full((B, S + 1), 5)
+
+
+def _corrupted(step: int, model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        model.attention.q.weight.mul_(1.0 if step < 2 else 30.0)
+        model.attention.v.weight[3].fill_(1.0 if step < 2 else 1e4)
+    return _text(step, model)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "a learning rate ten thousand times too large": {"learning_rate": 1e2},
+    "one token for ever": {"before": _one_token},
+    "corrupted weights": {"before": _corrupted},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("attend", [sdpa, third_party])
+@pytest.mark.parametrize("fault", OTHERS)
+def test_no_law_breaks_for_what_is_no_kernels_fault(fault: str, attend: Attend, dtype: torch.dtype) -> None:
+    watch = watched(lambda: Own(attend, 1.0), dtype, steps=6, **OTHERS[fault])
+    assert {alarm.metric for alarm in watch.alarms if alarm.metric.startswith("law/")} == set()
+    assert not {alarm.mechanism for alarm in watch.alarms} & set(KERNEL)
 
 
 # -- wrong ones ----------------------------------------------------------------------------------------------------------
