@@ -135,12 +135,14 @@ class LawTest:
         # A forward beyond its floor tells a forward fault from a backward one even before it is an alarm of its own.
         strength = float(score[worst]) if confirmed else float(1 - 1 / excess[worst])
         index = worst if len(reading.values) > 1 else None
-        return [Finding(step, onset, site, law, float(reading.values[worst]), expected, +1, strength, index)]
+        shown = reading.values[worst] if excess[worst] >= lasting[worst] else lasting[worst] * limits[worst]
+        return [Finding(step, onset, site, law, float(shown), expected, +1, strength, index)]
 
     def _same_sign(
         self, step: int, onset: int, site: str, dtype: str, by_key: Mapping[tuple[str, str | None], Array]
     ) -> list[Finding]:
-        """Once a law is broken, few samples name a rounding bias: every head's estimate since then, four at least, has one sign."""
+        """Once a law is broken, few samples name a rounding bias: every head's estimate since then, four at least, has one sign
+        and about one size."""
         num, den = by_key.get(("law/bias_num", site)), by_key.get(("law/bias_den", site))
         if num is None or den is None or not (den > 0).all() or not np.isfinite(num / den).all():
             return []
@@ -152,6 +154,9 @@ class LawTest:
         gross = policy.BIAS_GROSS * floor("bias", dtype)
         if len(estimates) < 4 or abs(np.sign(estimates).sum()) < len(estimates) or np.median(np.abs(estimates)) < gross:
             return []
+        scatter = float(np.std(estimates, ddof=1)) / math.sqrt(len(estimates))
+        if abs(float(estimates.mean())) < policy.BIAS_T * scatter:
+            return []  # of one sign by chance: a rounding to one side moves all heads alike
         pooled = float(num.sum() / den.sum())
         if abs(pooled) > policy.BIAS_LARGEST:
             return []
