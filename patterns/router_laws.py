@@ -144,7 +144,8 @@ _RULES: Mapping[str, Callable[[Node, Node], bool]] = {
 
 def _of_logits(other: Any, node: Node) -> bool:
     """Whether ``other`` is made from ``node`` too, as far as is looked: then it shifts as well."""
-    waiting, seen = [other] if isinstance(other, Node) else [], set()
+    waiting: list[Node] = [other] if isinstance(other, Node) else []
+    seen: set[Node] = set()
     while waiting and len(seen) < _FAR:
         x = waiting.pop()
         if x is node:
