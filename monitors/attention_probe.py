@@ -17,6 +17,10 @@ from foreshock.records import Array, Facts, Probe, Tensors
 
 SEQUENCES = 4  # sampled sequences a call: rows of one sequence are correlated, copies of all keys are not free
 _ROLES = ("q", "k", "v", "out")
+_LARGEST = (
+    1e15  # of a finite gradient as the laws count it: a flipped exponent bit would hide behind an infinite square
+)
+_SMALLEST = 1e-30  # sum of squares that a residual is taken of
 _HIDDEN = 9e3  # in logits as they were computed: a key so far below the row's largest, or below zero, is masked (by -1e4 or more)
 
 
@@ -41,11 +45,26 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
         x = t[role].float()
         found[f"{role}_mean_square"] = x.square().mean((0, 2, 3))
         found[f"{role}_absmax"] = x.abs().amax((0, 2, 3))
+    if "out" in t:
+        found["hull"] = _beyond_hull(t["out"], t["v"])
     found["calls"] = torch.ones_like(found["q_absmax"][:1])
     found["nonfinite"] = _nonfinite(*(t[role] for role in present))
     if facts["rows"]:
         found.update(_sampled_rows(facts, t, rows))
     return found
+
+
+def _beyond_hull(out_BHSv: Tensor, v_BGTv: Tensor) -> Tensor:
+    """How far an output lies beyond the smallest or largest of its channel's values, in units of the channel's largest: ``[H]``.
+
+    Zero counts as a value: a row without keys is zero, and columns that are no keys (sinks) take part of each row. A row of NaN,
+    which some kernels make of no keys, says nothing here; a NaN is an event of its own.
+    """
+    groups, tiny = v_BGTv.shape[1], torch.finfo(v_BGTv.dtype).tiny
+    v, out = v_BGTv.float(), out_BHSv.float().unflatten(1, (groups, out_BHSv.shape[1] // groups))
+    low, high = (x[:, :, None, None] for x in (v.amin(2).clamp(max=0), v.amax(2).clamp(min=0)))
+    beyond = torch.maximum(out - high, low - out) / torch.maximum(high, -low).clamp(min=tiny)
+    return torch.where(torch.isnan(beyond), 0.0, beyond).clamp(min=0).amax((0, 3, 4)).flatten()
 
 
 def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -150,9 +169,10 @@ def _visible(
 def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
     """The laws' sums, a key/value head each, and gradient statistics. Without ``out``, those that need only q, k and v."""
     t = {role: x.float() for role, x in _heads_first(facts, tensors).items()}
-    g = {role: x.float() for role, x in _heads_first(facts, gradients).items()}
+    read = [gradients[role] for role in _ROLES if role in gradients]
+    g = {role: bounded(x.float()) for role, x in _heads_first(facts, gradients).items()}
     q, k, dq, dk, dv = t["q"], t["k"], g["q"], g["k"], g["v"]
-    groups = k.shape[1]
+    groups, scale = k.shape[1], facts["scale"] or 1.0
     dk_sum, dv_sum = dk.sum(2), dv.sum(2)
     q_dq, k_dk = (q * dq).sum(3), (k * dk).sum(3)
     found = {
@@ -161,6 +181,10 @@ def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str,
         "euler_q": _per_group(q_dq.sum(2), groups).sum(0),
         "euler_k": k_dk.sum((0, 2)),
         "euler_norm": _per_group(q_dq.square().sum(2), groups).sum(0) + k_dk.square().sum((0, 2)),
+        "euler_noise": _per_group((q * dq).square().sum((2, 3)), groups).sum(0)
+        + (k * dk).square().sum((0, 2, 3))
+        + tiny(gradients["q"]) * _per_group(q.square().sum((2, 3)), groups).sum(0)
+        + tiny(gradients["k"]) * k.square().sum((0, 2, 3)),
         "grad_q": dq.square().sum((0, 2, 3)),
         "grad_v": dv.square().sum((0, 2, 3)),
     }
@@ -168,21 +192,44 @@ def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str,
         do = g["out"]
         do_sum = _like(_per_group(do.sum(2), dv.shape[1]), dv_sum)
         delta = (do * t["out"]).sum(3)
-        u = _like(_per_group((delta.unsqueeze(3) * q).sum(2), groups), dk_sum) * (facts["scale"] or 1.0)
+        u = _like(_per_group((delta.unsqueeze(3) * q).sum(2), groups), dk_sum) * scale
+        unsure = (do * t["out"]).square().sum(3) * q.square().sum(
+            3
+        )  # of rowsum(dO * O), O rounded, and what it does to dK
         found |= {
             "value_mass": (dv_sum - do_sum).square().sum((0, 2)),
-            "value_norm": do_sum.square().sum((0, 2)) + dv_sum.square().sum((0, 2)),
+            "value_norm": do_sum.square().sum((0, 2))
+            + dv_sum.square().sum((0, 2))
+            + underflow(gradients["v"]) / dv.shape[1],
             "bias_num": -(dk_sum * u).sum((0, 2)),
             "bias_den": u.square().sum((0, 2)),
+            "key_noise": _per_group(unsure.sum(2), groups).sum(0) * scale**2 + underflow(gradients["k"]) / groups,
             "delta": delta.sum((0, 2)),
             "delta_positive": (delta > 0).float().sum((0, 2)),
             "delta_rows": torch.ones_like(delta).sum((0, 2)),
             "grad_out": do.square().sum((0, 2, 3)),
         }
-    read = [g[role] for role in _ROLES if role in g]
     found["grad_nonfinite"] = _nonfinite(*read)
-    found["grad_absmax"] = torch.stack([x.abs().amax() for x in read])
+    found["grad_absmax"] = torch.stack([x.abs().amax().float() for x in read])
     return found
+
+
+def bounded(x: Tensor) -> Tensor:
+    """Finite entries cut to a size whose squares can be summed; what is not finite stays so, and makes sums that are not judged."""
+    return torch.where(x.abs() < float("inf"), x.clamp(-_LARGEST, _LARGEST), x)
+
+
+def tiny(x: Tensor) -> float:
+    """The square of the smallest normal number of a gradient that may underflow (float16 without loss scaling), else 0.
+
+    Below it an entry's error is absolute, as large as one rounding of that number.
+    """
+    return torch.finfo(x.dtype).tiny ** 2 if x.dtype == torch.float16 else 0.0
+
+
+def underflow(x: Tensor) -> float:
+    """`tiny` summed over all entries."""
+    return x.numel() * tiny(x) if x.dtype == torch.float16 else 0.0
 
 
 def _per_group(x_BH: Tensor, groups: int) -> Tensor:
@@ -205,6 +252,8 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
                     found[f"attention/{role}_rms"] = np.sqrt(q[f"{role}_mean_square"] / q["calls"])
                     found[f"attention/{role}_absmax"] = q[f"{role}_absmax"]
             found["attention/nonfinite"] = q["nonfinite"]
+        if "hull" in q:
+            found["law/hull"] = q["hull"]
         if "row_count" in q and (q["row_count"].any() or q["nonfinite"].any()):  # else every sampled row was masked
             n = q["row_count"]
             mean = q["row_entropy"] / n
@@ -219,16 +268,22 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
             }
         if "shadow_square" in q:
             found["attention/shadow_bias"] = q["shadow_along"] / q["shadow_square"]
-            found["attention/shadow_rms"] = np.sqrt(q["shadow_error"] / q["shadow_square"])
+            found["attention/shadow_rms"] = found["law/shadow"] = np.sqrt(q["shadow_error"] / q["shadow_square"])
         if "key_norm" in q:
             found |= _finish_backward(facts, q)
     return found
 
 
+def told(norm: Array) -> Array:
+    """NaN for a sum of squares so small that float32 has lost part of them."""
+    return np.where(norm > _SMALLEST, norm, np.nan)
+
+
 def _finish_backward(facts: Facts, q: Mapping[str, Array]) -> dict[str, Array]:
     found = {
-        "law/key_shift": np.sqrt(q["key_shift"] / q["key_norm"]),
-        "law/euler": np.abs(q["euler_q"] - q["euler_k"]) / np.sqrt(q["euler_norm"]),
+        "law/key_shift": np.sqrt(q["key_shift"] / told(q["key_norm"])),
+        "law/euler": np.abs(q["euler_q"] - q["euler_k"]) / np.sqrt(told(q["euler_norm"])),
+        "law/euler_gain": np.sqrt(q["euler_noise"] / told(q["euler_norm"])),
         "attention/grad_q_norm": np.sqrt(q["grad_q"]),
         "attention/grad_k_norm": np.sqrt(q["key_norm"]),
         "attention/grad_v_norm": np.sqrt(q["grad_v"]),
@@ -237,7 +292,8 @@ def _finish_backward(facts: Facts, q: Mapping[str, Array]) -> dict[str, Array]:
     }
     if "value_norm" in q:
         found |= {
-            "law/value_mass": np.sqrt(q["value_mass"] / q["value_norm"]),
+            "law/value_mass": np.sqrt(q["value_mass"] / told(q["value_norm"])),
+            "law/key_gain": np.sqrt(q["key_noise"] / told(q["key_norm"])),
             "law/bias_num": q["bias_num"],
             "law/bias_den": q["bias_den"],
             "attention/grad_delta": q["delta"] / q["delta_rows"],
@@ -253,5 +309,7 @@ ATTENTION = Probe(
     forward=forward,
     finish=finish,
     backward=backward,
-    maxima=frozenset({"q_absmax", "k_absmax", "v_absmax", "out_absmax", "row_logit_max", "row_lse_max", "grad_absmax"}),
+    maxima=frozenset(
+        {"q_absmax", "k_absmax", "v_absmax", "out_absmax", "hull", "row_logit_max", "row_lse_max", "grad_absmax"}
+    ),
 )

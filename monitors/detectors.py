@@ -12,7 +12,7 @@ import torch
 
 from foreshock.monitors import policy
 from foreshock.monitors.finding import Finding
-from foreshock.monitors.laws import MIN_SAMPLES, UNIT_ROUNDOFF, floor
+from foreshock.monitors.laws import GAINS, MIN_SAMPLES, UNIT_ROUNDOFF, floor, growth
 from foreshock.monitors.policy import FINITE, LIMITS, Limit
 from foreshock.monitors.warmup import Warmup
 from foreshock.records import Array, Reading, Site
@@ -89,12 +89,10 @@ class LawTest:
             if (by_key.get(("attention/logit_max", site.id), _NOTHING) > policy.LAW_LOGITS).any():
                 continue
             if reading.metric in policy.LAWS:
-                found = self._residual(step, reading, site.id, dtype)
+                found = self._residual(step, reading, site.id, dtype, by_key)
                 findings += found
-                if found:
+                if reading.metric in policy.BACKWARD_LAWS and found:
                     findings += self._same_sign(step, found[0].onset, site.id, dtype, by_key)
-            elif reading.metric == "attention/shadow_rms":
-                findings += _shadow(step, reading, site.id, dtype)
             elif reading.metric in ("law/bias", "law/bias_site"):
                 t = by_key.get((f"{reading.metric}_t", site.id))
                 if t is not None:
@@ -102,44 +100,49 @@ class LawTest:
         return findings
 
     def _dtype(self, site: Site | None) -> str:
+        if site is not None and site.kind == "router":
+            return site.dtype  # a softmax is no kernel with a precision of its own, and no product
         if self.kernel_dtype is not None or site is None:
             return self.kernel_dtype or ""
         return "tf32" if site.dtype == "float32" and _tf32() else site.dtype
 
-    def _residual(self, step: int, reading: Reading, site: str, dtype: str) -> list[Finding]:
-        limit = floor(reading.metric.removeprefix("law/"), dtype)
-        recent = self._recent.setdefault((reading.metric, site), deque(maxlen=policy.LAW_SAMPLES))
+    def _residual(
+        self, step: int, reading: Reading, site: str, dtype: str, by_key: Mapping[tuple[str, str | None], Array]
+    ) -> list[Finding]:
+        law = reading.metric
+        gain, logit_max = by_key.get((GAINS.get(law, ""), site)), by_key.get(("attention/logit_max", site))
+        limits = floor(law.removeprefix("law/"), dtype) * growth(law, gain, logit_max)
+        recent = self._recent.setdefault((law, site), deque(maxlen=policy.LAW_SAMPLES))
         if not np.isfinite(reading.values).any():
             return []
-        recent.append((step, reading.values))
-        gross = reading.values / (policy.LAW_GROSS * limit)
-        lasting = (
-            np.median([values for _, values in recent], 0) / limit if len(recent) == policy.LAW_SAMPLES else gross * 0
-        )
-        score = np.nan_to_num(np.fmax(gross, lasting))
+        limits = np.broadcast_to(limits, reading.values.shape)
+        with np.errstate(invalid="ignore"):
+            excess = reading.values / limits
+        recent.append((step, excess))
+        lasting = np.median([x for _, x in recent], 0) if len(recent) == policy.LAW_SAMPLES else excess * 0
+        score = np.nan_to_num(np.fmax(excess / policy.LAW_GROSS, lasting))
         worst = int(score.argmax())
-        if score[worst] <= 1:
-            return []
-        onset = min(at for at, values in recent if values[worst] > limit)
-        value = float(reading.values[worst])
-        return [
-            Finding(
-                step,
-                onset,
-                site,
-                reading.metric,
-                value,
-                f"at most {limit:.2g} in {dtype}",
-                +1,
-                float(score[worst]),
-                worst,
-            )
-        ]
+        confirmed = score[worst] > 1
+        if not confirmed:
+            worst = int(np.nan_to_num(excess).argmax())
+            if law not in policy.FORWARD_LAWS or not excess[worst] > 1:
+                return []
+        onset = min(at for at, x in recent if x[worst] > 1)
+        expected = f"at most {limits[worst]:.2g} in {dtype}"
+        bias = by_key.get(("attention/shadow_bias", site))
+        if law == "law/shadow" and bias is not None and np.isfinite(bias[worst]):
+            expected += f"; along the output by {bias[worst]:+.2g} of it"
+        # A forward beyond its floor tells a forward fault from a backward one even before it is an alarm of its own.
+        strength = float(score[worst]) if confirmed else float(1 - 1 / excess[worst])
+        index = worst if len(reading.values) > 1 else None
+        shown = reading.values[worst] if excess[worst] >= lasting[worst] else lasting[worst] * limits[worst]
+        return [Finding(step, onset, site, law, float(shown), expected, +1, strength, index)]
 
     def _same_sign(
         self, step: int, onset: int, site: str, dtype: str, by_key: Mapping[tuple[str, str | None], Array]
     ) -> list[Finding]:
-        """Once a law is broken, few samples name a rounding bias: every head's estimate since then, four at least, has one sign."""
+        """Once a law is broken, few samples name a rounding bias: every head's estimate since then, four at least, has one sign
+        and about one size."""
         num, den = by_key.get(("law/bias_num", site)), by_key.get(("law/bias_den", site))
         if num is None or den is None or not (den > 0).all() or not np.isfinite(num / den).all():
             return []
@@ -151,7 +154,12 @@ class LawTest:
         gross = policy.BIAS_GROSS * floor("bias", dtype)
         if len(estimates) < 4 or abs(np.sign(estimates).sum()) < len(estimates) or np.median(np.abs(estimates)) < gross:
             return []
+        scatter = float(np.std(estimates, ddof=1)) / math.sqrt(len(estimates))
+        if abs(float(estimates.mean())) < policy.BIAS_T * scatter:
+            return []  # of one sign by chance: a rounding to one side moves all heads alike
         pooled = float(num.sum() / den.sum())
+        if abs(pooled) > policy.BIAS_LARGEST:
+            return []
         expected = f"within {gross:.2g} of zero, or of mixed sign over heads and samples"
         score = max(1.0, abs(pooled) / gross)
         return [Finding(step, onset, site, "law/bias_site", pooled, expected, 1 if pooled > 0 else -1, score)]
@@ -179,21 +187,11 @@ def _tf32() -> bool:
         return str(torch.backends.cuda.matmul.fp32_precision) != "ieee"
 
 
-def _shadow(step: int, reading: Reading, site: str, dtype: str) -> list[Finding]:
-    """A hint (score below 1): it tells a forward fault from a backward one, and is no alarm of its own."""
-    limit = floor("shadow", dtype)
-    worst = int(np.nan_to_num(reading.values).argmax())
-    value = float(np.nan_to_num(reading.values)[worst])
-    if value <= limit:
-        return []
-    expected = f"at most {limit:.2g} in {dtype}"
-    return [Finding(step, step, site, reading.metric, value, expected, +1, 1 - limit / value, worst)]
-
-
 def _bias(step: int, reading: Reading, t: Array, site: str, dtype: str) -> list[Finding]:
     """The pooled bias is large and sure, at its surest head."""
     limit = floor("bias", dtype)
     score = np.nan_to_num(np.minimum(np.abs(t) / policy.BIAS_T, np.abs(reading.values) / limit))
+    score = np.where(np.abs(reading.values) > policy.BIAS_LARGEST, 0.0, score)
     worst = int(score.argmax())
     if score[worst] <= 1:
         return []

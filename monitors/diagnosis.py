@@ -22,7 +22,7 @@ SPREAD = 0.5  # share of the attention sites that must move together before a ca
 
 LAW_BIAS = ("law/bias+", "law/bias-", "law/bias_site+", "law/bias_site-")
 LAW = ("law/key_shift+", "law/value_mass+", "law/euler+")
-SHADOW = ("attention/shadow_rms+",)
+SHADOW = ("law/shadow+", "law/hull+")
 QK = ("attention/delta2_norm+", "attention/delta2_effective_rank@50-")
 ATTENTION = (*QK, "attention/logit_max+", "attention/entropy_norm-", "attention/entropy_norm+")
 ROUTER = (
@@ -119,9 +119,18 @@ TABLE: tuple[Row, ...] = (
         "what the attention kernel returns is already off in the forward pass, and its gradients break an identity",
         "Compare the kernel with a reference (math SDPA) here: it rounds or drops part of its probabilities or its output.",
         _forward_is_off),
+    Row("wrong attention forward", SHADOW, (*ATTENTION, *LATE), "site", "critical",
+        "the attention kernel's output is not the attention of its inputs, while its gradients are consistent with each other",
+        "Compare the kernel's scale, mask, head mapping and sequence ends with a reference (math SDPA) on this site's shapes."),
     Row("wrong attention backward", LAW, (*ATTENTION, *LATE), "site", "critical",
         "the attention gradients break an identity that every correct kernel obeys",
         "Compare the kernel's backward with a reference (math SDPA) here. Learning rate and data are not the cause."),
+    Row("wrong router backward", ("law/router_shift+",), (*ROUTER, *LOAD, *LATE), "site", "critical",
+        "the routing logits' gradient does not sum to zero over the experts, as that of every softmax does",
+        "Compare the router kernel's backward with a plain softmax and top-k. Learning rate and data are not the cause."),
+    Row("wrong expert choice", ("law/token_count+",), (*ROUTER, *LOAD, *LATE), "site", "critical",
+        "tokens do not get their k different experts",
+        "Compare the chosen indices with those of torch.topk on the same scores: some are out of range or come twice."),
     Row("learning rate too large", (*QK, "attention/logit_max+", *ROUTER, *LATE), (*ATTENTION, *ROUTER, *LOAD, *LATE),
          "run", "warning",
         "the learning rate rose and the mechanisms followed",
@@ -181,4 +190,10 @@ def diagnose(findings: Sequence[Finding], context: Context, table: Sequence[Row]
     return made + [Diagnosis(UNKNOWN, place, tuple(f for f in strangers if f.site == place)) for place in places]
 
 
-KERNEL = ("low-precision attention kernel", "wrong attention backward")
+KERNEL = (
+    "low-precision attention kernel",
+    "wrong attention forward",
+    "wrong attention backward",
+    "wrong router backward",
+    "wrong expert choice",
+)

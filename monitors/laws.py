@@ -22,9 +22,13 @@ MARGIN: dict[str, dict[str, float]] = {
     "key_shift": {"bfloat16": 16, "float16": 32, "tf32": 32, "float32": 1024},
     "value_mass": {"bfloat16": 16, "float16": 32, "tf32": 32, "float32": 1024},
     "euler": {"bfloat16": 16, "float16": 32, "tf32": 32, "float32": 1024},
+    "hull": {"bfloat16": 4, "float16": 4, "tf32": 8, "float32": 128},
     "shadow": {"bfloat16": 16, "float16": 16, "tf32": 32, "float32": 1024},
+    "router_shift": {"bfloat16": 8, "float16": 16, "tf32": 16, "float32": 256},
     "bias": {"bfloat16": 0.25, "float16": 0.5, "tf32": 0.5, "float32": 64},
 }
+GAINS = {"law/key_shift": "law/key_gain", "law/euler": "law/euler_gain"}
+EXPONENTIAL = ("law/value_mass", "law/shadow")  # an error of a logit becomes a relative error of P
 MIN_SAMPLES = 8  # below 8 the jackknife's own spread makes |t| > 6 too easy (Student t with 7 degrees of freedom: 5e-4)
 
 
@@ -33,24 +37,51 @@ def floor(law: str, dtype: str) -> float:
 
     *Shift, mass and Euler.* Each stored dK_j carries a relative error of at most u, independent and of mean zero over j, so
     their sum is off by about ``u / sqrt(3) * sqrt(sum |dK_j|^2)``; the rounding of O enters D and adds as much again. The
-    relative residual is thus 1u to 2u whatever the sizes: measured 0.9u to 1.7u in bfloat16 at 64 to 4096 keys, 1u to 4u in
-    float16 (gradients underflow without loss scaling), 5u to 8u in float32 (sums in tiles are not stored roundings). Where
-    the values of a head share a large mean, dP - D cancels and amplifies it: 7u was seen early in a run. The limits are 16u,
-    32u and, as float32 kernels differ most in how they add, 1024u = 6e-5. Products in TF32 round each factor to 2^-11 and are
-    held to float16's limits. A one-sided rounding at three mantissa bits gives 20u to 40u of bfloat16, at one bit 100u.
+    relative residual is thus 1u to 2u whatever the sizes: measured up to 2.8u in bfloat16 and 3u in float16 at 1 to 4096 keys,
+    17u in float32 (sums in tiles are not stored roundings). The limits are 16u, 32u and, as float32 kernels differ most in how
+    they add, 1024u = 6e-5. Products in TF32 round each factor to 2^-11 and are held to float16's limits. A one-sided rounding
+    at three mantissa bits gives 20u to 40u of bfloat16, at one bit 100u. Where a gradient is itself what rounding leaves (one
+    key has all of a row's mass), `growth` raises the limit.
+
+    *Hull.* A bound and no estimate: O is a mean of values with weights that sum to one but for the rounding of P, u at most, and
+    is stored with another u: 2u of the channel's largest value. Float32 kernels add up to S weights with an error of
+    ``sqrt(S) u`` in random order: measured 2u at 512 keys; 128u allows for 16,000. The limit is 4u (TF32, which rounds the
+    values too: 8u).
 
     *Shadow.* Rows recomputed in fp32 differ from the kernel's by the rounding of O and of P, at most u each: measured 0.4u to
-    1.2u. The limit is 16u. A kernel beyond it is already off in the forward pass.
+    1.2u (float32: 12u, at logits of 100 30u). The limit is 16u.
+
+    *Router shift.* Each stored gradient of a logit carries at most u, so a token's sum is off by ``u / sqrt(3)`` of its norm,
+    whatever the number of experts: measured up to 0.8u in bfloat16 and float16 and 3u in float32, at 2 to 64 experts, flat and
+    saturated. The limits are 8u, 16u and 256u.
 
     *Bias.* A one-sided rounding of the last stored bit has mean ``u / (2 ln 2) = 0.72u`` over log-uniform mantissas; a
     correct kernel's pooled estimate scatters by 0.03u (bfloat16, 20 samples) and 0.2u (float16, long sequences). The limits
     are 0.25u and 0.5u. float32 results are not limited by their storage: 64u = 4e-6, a thousandth of a bfloat16 bias.
+
+    ``law/token_count`` counts whole numbers and has no floor.
     """
     if law not in MARGIN:
         raise ConfigError(f"looking up the floor of the law {law!r}: there is none; the laws are {', '.join(MARGIN)}")
     if dtype not in UNIT_ROUNDOFF:
         raise ConfigError(f"looking up the floor of {law}: dtype {dtype!r} is not one of {', '.join(UNIT_ROUNDOFF)}")
     return MARGIN[law].get(dtype, MARGIN[law]["float32"]) * UNIT_ROUNDOFF[dtype]
+
+
+def growth(law: str, gain: Array | None, logit_max: Array | None) -> Array:
+    """By what the floor of ``law/...`` grows at a head where rounding reaches further than into the last bit: 1 and more.
+
+    ``gain`` is what independent roundings of O, q, k, dQ and dK can make of the law's sum, in units of u of its denominator (the
+    metrics ``law/key_gain`` and ``law/euler_gain``): of order 1 as long as rows spread over several keys, beyond 1000 where the
+    softmax is saturated, so that dK is rounding alone. A healthy kernel stays below 5 times that; a quarter of it leaves the
+    floor of 16u three times that distance. ``logit_max``: in float32 and TF32 a logit is off by about u of itself, and P by e to
+    that power; beyond logits of 100 the floors of `EXPONENTIAL` grow with them.
+    """
+    if law in GAINS and gain is not None:
+        return np.asarray(np.fmax(1.0, gain / 4))
+    if law in EXPONENTIAL and logit_max is not None:
+        return np.asarray(np.fmax(1.0, np.max(logit_max) / 100))
+    return np.ones(1)
 
 
 class BiasLaw:

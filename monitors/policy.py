@@ -2,6 +2,7 @@
 
 Few series are judged, so that the false-alarm rate of the whole run stays controlled; the others are there to be read.
 Sources: [P] arXiv 2606.28116; [W] arXiv 2309.14322; [Z] arXiv 2303.06296; [B] arXiv 2408.15664; [K] Kimi K2 report;
+[A] the algebra, docs/laws.md;
 [M] measured on the library's own small runs, docs/log.md.
 """
 
@@ -58,6 +59,7 @@ TRENDS: tuple[Trend, ...] = (
 
 LIMITS: tuple[Limit, ...] = (
     Limit("attention/nonfinite", 0, 1, "NaN or infinity at the kernel's boundary is a fault at once"),
+    Limit("law/token_count", 0, 1, "[A]: every token has its k experts; counted in whole numbers"),
     Limit("router/nonfinite", 0, 1, "the same at a router"),
     Limit("router/grad_nonfinite", 0, 3, "as for attention/grad_nonfinite"),
     Limit("attention/grad_nonfinite", 0, 3, "a loss scaler overflows single steps on purpose, not three in a row"),
@@ -74,11 +76,14 @@ FINITE: dict[str, int] = {
     "attention/lse": 1,
 }
 
-LAWS = ("law/key_shift", "law/value_mass", "law/euler")
+BACKWARD_LAWS = ("law/key_shift", "law/value_mass", "law/euler")
+FORWARD_LAWS = ("law/hull", "law/shadow")
+LAWS = (*BACKWARD_LAWS, *FORWARD_LAWS, "law/router_shift")
 LAW_GROSS = 4.0        # one sample at 4 floors is enough: no healthy sample came within half of one [M]
 LAW_SAMPLES = 3        # else the median of three must exceed the floor, so two of three have
 BIAS_GROSS = 8.0       # bias floors: beside a broken law, a few estimates this large and of one sign need no t [M]
 LAW_LOGITS = 1000.0    # beyond, probabilities are 0 or 1 and dK is rounding alone: no kernel is to blame
+BIAS_LARGEST = 0.5     # of the output; a one-sided rounding to a single mantissa bit stays below
 BIAS_T = 6.0           # healthy and stochastic rounding stay below 4 in magnitude, one-sided rounding passes 10 [M]
 
 WARMUP_SAMPLES = 5     # samples skipped after the learning rate has stopped rising: the curves bend most there

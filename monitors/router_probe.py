@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foreshock.monitors.attention_probe import bounded, told, underflow
 from foreshock.records import Array, Facts, Probe, Tensors
 
 # The margin sketch: scores lie in [0, 1] after softmax or sigmoid, in 36 bins a factor 10^(1/6) wide from 1e-6 up, and one
 # below. Fixed bins add up over microbatches and ranks.
 DECADES, BINS_A_DECADE = 6, 6
 MARGIN_EDGES = np.concatenate([[0.0], np.logspace(-DECADES, 0, DECADES * BINS_A_DECADE + 1)])
+
+DROPPED = -1  # what kernels write where a choice found no room
 
 # Scores of one expert at a time; with any other scoring the routing distribution is the softmax of the logits.
 _SQUASHES: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -29,7 +32,7 @@ _SQUASHES: Mapping[str, Callable[[Tensor], Tensor]] = {
 def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
     """Sums over tokens."""
     experts, axes = facts["experts"], facts.get("axes", {})
-    logits_TE = _by_expert(tensors["logits"], axes.get("logits", -1), experts).float()
+    logits_TE = _by_expert(tensors["logits"], axes.get("logits", -1), experts, facts.get("first_expert", 0)).float()
     scores_TE = _by_expert(tensors["scores"], axes.get("scores", -1), experts).float()
     lse_T = torch.logsumexp(logits_TE, -1)
     if facts["scoring"] in _SQUASHES:
@@ -42,7 +45,7 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
     chosen_TK = _indices(facts, tensors)
     if chosen_TK is not None:
         assigned, gated = _at(chosen_TK, p_TE)
-        taken_TE = torch.zeros_like(scores_TE).scatter(-1, chosen_TK, 1.0) > 0
+        taken_TE = _distinct(chosen_TK, scores_TE)
     else:
         taken_TE = _taken(facts, tensors)
         assigned = taken_TE.float().sum(0)
@@ -58,7 +61,10 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
         "logit_absmax": logits_TE.abs().amax(),
         "nonfinite": (~torch.isfinite(logits_TE)).sum().float(),
     }
-    if chosen_TK is None:
+    if chosen_TK is not None:  # each by itself a whole number: float32 adds zeros exactly, however many tokens
+        lost_T = chosen_TK.shape[-1] - taken_TE.sum(-1) - (chosen_TK == DROPPED).sum(-1)
+        found |= {"lost": lost_T.float().sum(), "choices": torch.ones_like(chosen_TK, dtype=torch.float32).sum()}
+    else:
         given_T = taken_TE.sum(-1)
         found |= {"unserved": (given_T == 0).sum().float(), "given_max": given_T.amax().float()}
     if facts.get("selection") != "tokens" and facts["top_k"] != experts:
@@ -73,9 +79,9 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
     return found
 
 
-def _by_expert(x: Tensor, axis: int, experts: int) -> Tensor:
-    """``[T, E]`` of a tensor whose experts lie along ``axis``."""
-    return x.movedim(axis, -1).reshape(-1, experts)
+def _by_expert(x: Tensor, axis: int, experts: int, first: int = 0) -> Tensor:
+    """``[T, E]`` of a tensor whose experts lie along ``axis`` from ``first`` on: others may be shared by all tokens."""
+    return x.movedim(axis, -1)[..., first : first + experts].reshape(-1, experts)
 
 
 def _indices(facts: Facts, tensors: Tensors) -> Tensor | None:
@@ -90,12 +96,21 @@ def _indices(facts: Facts, tensors: Tensors) -> Tensor | None:
 
 
 def _at(chosen_TK: Tensor, p_TE: Tensor) -> tuple[Tensor, Tensor]:
-    """Assignments and share of the combine weights, by expert."""
-    gates_TK = p_TE.gather(-1, chosen_TK)
-    gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
-    nobody_E, each = torch.zeros_like(p_TE[0]), chosen_TK.reshape(-1)
-    load = nobody_E.scatter_add(0, each, torch.ones_like(gates_TK).reshape(-1))
+    """Assignments and share of the combine weights, by expert. What is no expert is nobody's."""
+    inside_TK = (chosen_TK >= 0) & (chosen_TK < p_TE.shape[-1])
+    at_TK = torch.where(inside_TK, chosen_TK, 0)
+    gates_TK = torch.where(inside_TK, p_TE.gather(-1, at_TK), 0.0)
+    gates_TK = torch.where(inside_TK, gates_TK / gates_TK.sum(-1, keepdim=True), 0.0)
+    nobody_E, each = torch.zeros_like(p_TE[0]), at_TK.reshape(-1)
+    load = nobody_E.scatter_add(0, each, inside_TK.to(p_TE.dtype).reshape(-1))
     return load, nobody_E.scatter_add(0, each, gates_TK.reshape(-1))
+
+
+def _distinct(chosen_TK: Tensor, scores_TE: Tensor) -> Tensor:
+    """``[T, E]``: which experts a token has. One column more takes what is no expert."""
+    experts = scores_TE.shape[-1]
+    at_TK = torch.where((chosen_TK >= 0) & (chosen_TK < experts), chosen_TK, experts)
+    return torch.zeros_like(scores_TE[:, :1]).expand(-1, experts + 1).scatter(-1, at_TK, 1.0)[:, :experts] > 0
 
 
 def _taken(facts: Facts, tensors: Tensors) -> Tensor:
@@ -126,9 +141,27 @@ def _margins(scores_TE: Tensor, taken_TE: Tensor) -> dict[str, Tensor]:
 
 
 def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
-    """Of the logits' gradient."""
-    grad = gradients["logits"].float()
-    return {"grad": grad.square().sum(), "grad_nonfinite": (~torch.isfinite(grad)).sum().float()}
+    """Of the logits' gradient g: its size, and by how much a token's sums to something over the experts.
+
+    What is rounded is the gradient of a probability less its mean, ``g_e = p_e (dp_e - D)``. Where one expert has all but a share
+    1 - p of a token, g is that much smaller than what was rounded: each token is weighed by ``1 / (1 - p)``. Experts whose g is
+    zero take no part in the softmax (it ran over the chosen ones) or have no share to speak of; but the surest may be rounded to
+    zero itself.
+    """
+    axis, experts = facts.get("axes", {}).get("logits", -1), facts["experts"]
+    grad = gradients["logits"]
+    g_TE = _by_expert(bounded(grad.float()), axis, experts)
+    logits_TE = _by_expert(tensors["logits"], axis, experts).float()
+    takes_part_TE = (g_TE != 0) | (logits_TE == logits_TE.amax(-1, keepdim=True))
+    surest_T = torch.where(takes_part_TE, logits_TE, float("-inf")).softmax(-1).amax(-1)
+    left_T = (1 - torch.where(torch.isnan(surest_T), 0.0, surest_T)).clamp(min=2.0**-24)
+    size_T = g_TE.square().sum(-1)
+    return {
+        "grad": size_T.sum(),
+        "shift": g_TE.sum(-1).square().sum(),
+        "shift_norm": (size_T / left_T.square()).sum() + underflow(grad),
+        "grad_nonfinite": (~torch.isfinite(grad)).sum().float(),
+    }
 
 
 def _quantile(bins: Array, share: float) -> float:
@@ -173,7 +206,10 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
             if "calls" in q:
                 found["router/input_rms"] = np.sqrt(q["input_mean_square"] / q["calls"])
                 found["router/input_absmax"] = q["input_absmax"]
+            if "choices" in q:
+                found["law/token_count"] = q["lost"] / q["choices"]
         if "grad" in q:
+            found["law/router_shift"] = np.sqrt(q["shift"] / told(q["shift_norm"]))
             found["router/grad_norm"] = np.sqrt(q["grad"])
             found["router/grad_nonfinite"] = q["grad_nonfinite"]
     return found

@@ -16,7 +16,9 @@ from foreshock.patterns.ops import shape, tensor, value
 from foreshock.patterns.pattern import Edge, Match, Miss
 from foreshock.patterns.provenance import Origin, Untraced, trace, weight_view
 
-LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
+BACKWARD_LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
+OUTPUT_LAWS = ("law/hull", "law/shadow")  # of the forward pass alone
+LAWS = (*BACKWARD_LAWS, *OUTPUT_LAWS)
 NO_BIAS_PAIR = (
     "law/key_shift",
     "law/bias",
@@ -66,10 +68,11 @@ def attention_site(
     if mask is not None and not fits:
         remarks.append(f"the mask {list(shape(mask) or ())} does not fit the heads and sequences: no recomputed rows")
         del roles["mask"]
-    laws = _laws(roles, known_scale, dropout, broken or {})
+    recompute = fits and (facts or {}).get("recompute", True)
+    laws = _laws(roles, known_scale, dropout, causal, recompute, broken or {})
     barred = _untappable(view, edges, sizes)
     if barred:
-        laws = dict.fromkeys(LAWS, barred)
+        laws = without_gradients(laws, barred)
     origins = {role: _origin(view, roles[role], layout[role], sizes[role]) for role in ("q", "k")}
     weights = {}
     for role, origin in origins.items():
@@ -97,7 +100,7 @@ def attention_site(
             "causal": causal,
             "scale": known_scale,
             "dropout": float("nan") if dropout is None else float(dropout),
-            "dtype": _dtype([roles[role] for role in ("q", "k", "v", "out") if role in roles]),
+            "dtype": coarsest_dtype([roles[role] for role in ("q", "k", "v", "out") if role in roles]),
             **({} if fits else {"recompute": False}),
             **(facts or {}),
         },
@@ -145,22 +148,45 @@ def _untappable(view: GraphView, edges: Mapping[str, Edge], sizes: Mapping[str, 
     return ""
 
 
-def _laws(roles: Mapping[str, Node], scale: float | None, dropout: Any, broken: Mapping[str, str]) -> dict[str, str]:
-    untapped = [role for role in ("q", "k", "v") if not getattr(tensor(roles[role]), "requires_grad", False)]
-    if untapped:
-        return dict.fromkeys(LAWS, f"{NO_GRADIENT} {', '.join(untapped)}")
+def _laws(
+    roles: Mapping[str, Node],
+    scale: float | None,
+    dropout: Any,
+    causal: bool | None,
+    recompute: bool,
+    broken: Mapping[str, str],
+) -> dict[str, str]:
     laws = dict.fromkeys(LAWS, "")
     if scale is None:
         laws["law/bias"] = "the softmax scale is not known"
+    if "logits" not in roles:
+        laws["law/shadow"] = unread(scale, causal, recompute)
+    if dropout != 0.0:
+        lost = "dropout on the probabilities: rows do not sum to one"
+        laws |= dict.fromkeys(("law/value_mass", *OUTPUT_LAWS), lost)
     if "out" not in roles:
         no_out = "the output projection is part of the same product: the attention's output has no tensor of its own"
-        laws |= {"law/value_mass": no_out, "law/bias": no_out}
-    if dropout != 0.0:
-        laws["law/value_mass"] = "dropout on the probabilities: rows do not sum to one"
-    return laws | {law: reason for law, reason in broken.items() if reason}
+        laws |= dict.fromkeys(("law/key_shift", "law/value_mass", "law/bias", *OUTPUT_LAWS), no_out)
+    laws |= {law: reason for law, reason in broken.items() if reason}
+    untapped = [role for role in ("q", "k", "v") if not getattr(tensor(roles[role]), "requires_grad", False)]
+    return without_gradients(laws, f"{NO_GRADIENT} {', '.join(untapped)}") if untapped else laws
 
 
-def _dtype(nodes: Sequence[Node]) -> str:
+def unread(scale: float | None, causal: bool | None, recompute: bool) -> str:
+    """Why no rows are recomputed from q, k and v, or ""."""
+    if not recompute:
+        return "no recomputed rows: what is done to the logits is not followed"
+    if scale is None:
+        return "no recomputed rows: the softmax scale is not known"
+    return "no recomputed rows: whether it is causal is not known" if causal is None else ""
+
+
+def without_gradients(laws: Mapping[str, str], reason: str) -> dict[str, str]:
+    """``laws`` where gradients are not read for ``reason``: those of the forward pass stay as they are."""
+    return {law: told if law in (*OUTPUT_LAWS, "law/token_count") else reason for law, told in laws.items()}
+
+
+def coarsest_dtype(nodes: Sequence[Node]) -> str:
     """The coarsest dtype at the boundary: under autocast a kernel takes float32 and computes in what it returns."""
     dtypes = {fake.dtype for fake in map(tensor, nodes) if fake is not None and fake.dtype.is_floating_point}
     return str(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)).removeprefix("torch.")

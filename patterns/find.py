@@ -18,6 +18,7 @@ from foreshock.patterns.ops import op, schema
 from foreshock.patterns.overlooked import overlooked
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER
+from foreshock.patterns.router_laws import with_router_laws
 from foreshock.patterns.written import WRITTEN
 
 BUILTIN: tuple[Pattern, ...] = (SDPA, WRITTEN, FLEX, *PUBLIC, ROUTER)
@@ -110,7 +111,7 @@ def _outside(region: GraphView, result: Match | Miss) -> Match | Miss:
     if not isinstance(result, Match):
         return result
     in_function = region.call is not None and op(region.call) == FUNCTION
-    return lift(region, result) if in_function else replace(result, view=region)
+    return lift(region, result) if in_function else replace(with_router_laws(region, result), view=region)
 
 
 def _closed(node: Node, table: Mapping[str, list[Pattern]]) -> Miss:

@@ -29,6 +29,7 @@ _CAPS = frozenset({"softcap", "soft_cap", "logits_soft_cap"})
 _SINKS = frozenset({"sink", "sinks", "s_aux", "learnable_sink", "attention_sinks"})
 _PACKED = frozenset({"cu_seqlens_q", "cu_seqlens_k", "cum_seq_q", "cum_seq_k", "seqstart_q", "seqstart_k"})
 _ROWLESS = frozenset({"seqused_k", "seqused_q", "seqlen_k", "leftpad_k"})
+_UNWRITTEN = "rows of no sequence may be left as they were in memory"
 _IDLE = frozenset(
     {"max_seqlen_q", "max_seqlen_k", "max_q", "max_k", "return_softmax", "return_debug_mask", "deterministic"}
 )
@@ -139,10 +140,14 @@ def _cautious(match: Match, given: Mapping[str, Any], understood: set[str | None
             broken.setdefault("law/value_mass", "a mask may empty whole rows")
         elif name in _ROWLESS:
             broken.setdefault("law/value_mass", "a mask may empty whole rows")
-        elif name not in _PACKED and (isinstance(x, Node) or "cap" in name):
+            broken.setdefault("law/hull", _UNWRITTEN)
+        elif name in _PACKED:
+            broken.setdefault("law/hull", _UNWRITTEN)
+        elif isinstance(x, Node) or "cap" in name:
             broken |= dict.fromkeys(match.laws, f"what the kernel's argument `{name}` means is not known")
             facts["causal"] = None
     note = f"no recomputed rows: the kernel's arguments {', '.join(active)} are not followed"
+    broken.setdefault("law/shadow", note)
     laws = {law: reason or broken.get(law, "") for law, reason in match.laws.items()}
     return replace(match, facts={**facts, "recompute": False}, laws=laws).with_note(note)
 

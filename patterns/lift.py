@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch.fx import Node
 
 from foreshock.layout import words
+from foreshock.patterns.boundary import unread
 from foreshock.patterns.graph import BODIES, FUNCTION, GraphView
 from foreshock.patterns.ops import args, op, tensor
 from foreshock.patterns.pattern import Edge, Match, Miss
@@ -44,7 +45,10 @@ def lift(view: GraphView, match: Match) -> Match | Miss:
             layout["out"], roles["out"] = " ".join(names[axis] for axis in order), taken[0]
     if "out" not in roles:
         return Miss(match.anchor, "the attention inside an autograd.Function is not what it returns")
-    return replace(match, anchor=call, roles=roles, operands=operands, layout=layout, view=parent)
+    laws, facts = dict(match.laws), match.facts
+    if "law/shadow" in laws:  # logits, where there were any, stay inside
+        laws["law/shadow"] = laws["law/shadow"] or unread(facts["scale"], facts["causal"], facts.get("recompute", True))
+    return replace(match, anchor=call, roles=roles, operands=operands, layout=layout, laws=laws, view=parent)
 
 
 def _permuted_from(node: Node, stop: Node | None = None) -> tuple[Node, list[int]]:

@@ -157,7 +157,7 @@ def _input(view: GraphView, origin: Origin) -> Node | None:
 
 def _described(
     view: GraphView, selection: Selection, scores: _Scores, path: Sequence[Node], start: Node, seen: Fate
-) -> Match:
+) -> Match | Miss:
     origin, sizes = scores.origin, shape(selection.scores) or ()
     experts = sizes[scores.axis]
     at = next((i for i, step in enumerate(path) if _scoring(step, path[i:])), len(path))
@@ -186,6 +186,11 @@ def _described(
     axes = {"logits": _axis(view, logits, experts), "scores": scores.axis, "chosen": selection.axis}
     if any(axis != len(shape(roles.get(role, selection.scores)) or ()) - 1 for role, axis in axes.items()):
         facts["axes"] = axes
+    first = _first_expert(view, logits, axes["logits"], origin, experts)
+    if first is None:
+        return Miss(selection.node, "which of its logits its experts have is not followed")
+    if first:
+        facts["first_expert"] = first
     if selection.inverted:
         facts["inverted"] = True
     weight = weight_view(view, origin)
@@ -268,6 +273,18 @@ def _axis(view: GraphView, node: Node, experts: int) -> int:
             if isinstance(origin, Origin) and _rows(origin) == experts:
                 return axis
     return len(sizes) - 1
+
+
+def _first_expert(view: GraphView, logits: Node, axis: int, origin: Origin, experts: int) -> int | None:
+    """Where along ``axis`` of the logits the experts that are chosen from begin: shared experts may have logits beside theirs."""
+    if (shape(logits) or ())[axis] == experts:
+        return 0
+    every = trace_features(view, logits, axis)
+    if not isinstance(every, Origin):
+        return None
+    rows, chosen = every.index.reshape(-1).tolist(), origin.index.reshape(-1).tolist()
+    first = rows.index(chosen[0]) if chosen[0] in rows else len(rows)
+    return first if rows[first : first + experts] == chosen else None
 
 
 def _threshold_of(selection: Selection) -> int | None:

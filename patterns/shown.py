@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from foreshock.errors import PatternError
-from foreshock.patterns.boundary import LAWS, NO_BIAS_PAIR, attention_site
+from foreshock.patterns.boundary import NO_BIAS_PAIR, attention_site, without_gradients
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.isomorphism import Found, is_op
 from foreshock.patterns.ops import dtype, hint, op, shape, tensor
@@ -147,7 +147,7 @@ def _attention(shown: Shown, view: GraphView, anchor: Node, place: Place) -> Mat
     several = [role for role in edges if len(place.edges[role]) > 1]
     if several and isinstance(found, Match):
         told = f"{', '.join(several)} enters at several places: gradients are not read"
-        return replace(found, operands={}, laws=dict.fromkeys(LAWS, told))
+        return replace(found, operands={}, laws=without_gradients(found.laws, told))
     return found
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from torch.fx import Node
 
 from foreshock.patterns.axes import Operand, layouts
-from foreshock.patterns.boundary import NO_BIAS_PAIR, attention_site
+from foreshock.patterns.boundary import NO_BIAS_PAIR, OUTPUT_LAWS, attention_site
 from foreshock.patterns.coordinates import RULES, Columns, corner
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.logits import Logits, Place, constant, products_before
@@ -252,13 +252,14 @@ def _broken(use: Use, logits: Logits, sinks: bool) -> dict[str, str]:
         reason = "columns that are no keys take a share of each row"
         broken |= dict.fromkeys((*NO_BIAS_PAIR, "law/value_mass"), reason)
     if use.altered:
-        broken["law/value_mass"] = use.altered
+        broken |= dict.fromkeys(("law/value_mass", *OUTPUT_LAWS), use.altered)
     if use.joined:
         broken["law/bias"] = use.altered
     if use.emptied:
         broken["law/value_mass"] = "a mask may empty whole rows"
     if _adds(use.product.node):
-        broken.setdefault("law/bias", "the output is added to another tensor in the same product")
+        for law in ("law/bias", *OUTPUT_LAWS):
+            broken.setdefault(law, "the output is added to another tensor in the same product")
     if use.shared:
         broken.setdefault(
             "law/bias", "the probabilities are read elsewhere too: their gradient is not of the output alone"

@@ -315,4 +315,6 @@ def test_an_output_written_in_place_keeps_its_forward_probes(one_thread, capture
             torch.compile(in_place, backend=watch.backend)(torch.randn(2, 5, 8)).sum().backward()
         assert watch.coverage.warnings == ()
         (written,) = [status for status in watch.coverage if any(status.laws.values())]
-        assert set(written.laws.values()) == {"`mul_` writes into out in place: no gradients are read"}
+        told = "`mul_` writes into out in place: no gradients are read"
+        lost = {law for law, reason in written.laws.items() if reason == told}
+        assert lost == {*written.laws} - {"law/hull", "law/shadow"}

@@ -24,7 +24,7 @@ from typing import Any
 import tiny
 import torch
 import transformers
-from build import NotRunError, build, first_line, step
+from making import NotRunError, build, first_line, step
 from oracle import Oracle
 
 from foreshock import Watch

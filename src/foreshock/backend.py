@@ -14,6 +14,7 @@ from foreshock import _torch
 from foreshock.instances import Held, Instance
 from foreshock.passes import Plan, SitePlan, copy_graph, expand, instrument, untappable
 from foreshock.patterns import Findings, GraphView, Match, find
+from foreshock.patterns.boundary import without_gradients
 from foreshock.patterns.graph import module_of
 from foreshock.records import Facts
 from foreshock.runtime import Compiled, WatchedGraph
@@ -164,7 +165,7 @@ def _without_taps(match: Match, reason: str) -> Match:
     """``match`` as it is, or for a reason without gradients and so without laws."""
     if not reason:
         return match
-    return replace(match, operands={}, tapped=None, laws=dict.fromkeys(match.laws, reason)).with_note(reason)
+    return replace(match, operands={}, tapped=None, laws=without_gradients(match.laws, reason)).with_note(reason)
 
 
 def _sizes(fake: Any) -> tuple[Any, ...]:

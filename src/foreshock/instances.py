@@ -46,11 +46,6 @@ class Instance:
         views = (self.site.q_weight, self.site.k_weight, self.site.weight, *self.site.weights.values())
         return all(view is None or view.resolve() is not None for view in views)
 
-    @property
-    def was_trained(self) -> bool:
-        """Whether a graph in which gradients flow has it. One met in evaluation alone is known without its laws."""
-        return not self.laws or any(not reason.startswith(NO_GRADIENT) for reason in self.laws.values())
-
     def become(self, other: Instance) -> None:
         """What ``other`` says of the same site holds from now on."""
         self.site, self.facts, self.laws, self.notes = other.site, other.facts, other.laws, other.notes
@@ -100,7 +95,7 @@ class Instances:
         found = _of_like_laws(known, match)
         if found is None:
             known.append(self._make(match, name, probe, facts, held))
-        elif match.laws and not found.was_trained and _holding(match.laws):
+        elif _knows_more(match.laws, found.laws):
             found.become(self._make(match, name, probe, facts, held, found.site.id))
         return found or known[-1]
 
@@ -145,14 +140,23 @@ class Instances:
 
 
 def _of_like_laws(known: Iterable[Instance], match: Match) -> Instance | None:
-    """The instance whose laws are those of ``match``. An evaluation, where no gradient flows and so no law holds, may be any's."""
-    holding = _holding(match.laws)
-    same = (instance for instance in known if not holding or holding == _holding(instance.laws))
-    return next(same, None) or next((instance for instance in known if not instance.was_trained), None)
+    """The instance of which no other laws hold than of ``match``."""
+    return next((instance for instance in known if _agree(instance.laws, match.laws)), None)
 
 
-def _holding(laws: Mapping[str, str]) -> set[str]:
-    return {law for law, reason in laws.items() if not reason}
+def _agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether the same laws hold, those aside of which evaluation says nothing: there no gradient flows."""
+    pairs = [(one[law], other[law]) for law in one.keys() & other.keys()]
+    return all((a == "") == (b == "") or _unsaid(a) or _unsaid(b) for a, b in pairs)
+
+
+def _knows_more(laws: Mapping[str, str], known: Mapping[str, str]) -> bool:
+    """Whether ``laws`` are of a graph in which gradients flow and ``known`` are not."""
+    return any(_unsaid(known.get(law, "")) and not _unsaid(reason) for law, reason in laws.items())
+
+
+def _unsaid(reason: str) -> bool:
+    return reason.startswith(NO_GRADIENT)
 
 
 def _located(name: str, path: str, moved: bool) -> str:

@@ -507,7 +507,7 @@ def test_without_an_output_the_rest_is_still_read() -> None:
     assert missing == {
         *("attention/out_rms", "attention/out_absmax", "attention/grad_out_norm", "attention/shadow_bias"),
         *("attention/shadow_rms", "attention/grad_delta", "attention/grad_delta_sign"),
-        *("law/value_mass", "law/bias_num", "law/bias_den"),
+        *("law/value_mass", "law/bias_num", "law/bias_den", "law/hull", "law/shadow", "law/key_gain"),
     }
     assert (got["law/key_shift"] < 1e-5).all()
     _close(got["attention/entropy"], full["attention/entropy"])

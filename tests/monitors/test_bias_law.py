@@ -31,7 +31,7 @@ def trained():
     torch.manual_seed(0)
     text, generator = small_lm.corpus(), torch.Generator().manual_seed(1)
     model = small_lm.SmallLM()
-    small_lm.train(model, 100, text, generator)
+    small_lm.train(model, 300, text, generator)
     start = {name: value.clone() for name, value in model.state_dict().items()}
 
     def measure(rounding):
@@ -71,7 +71,9 @@ def trained():
         ((7, "away", 7, "nearest"), +1, 7),
         ((7, "truncate", 7, "nearest"), -1, 7),
         ((3, "away", 7, "nearest"), +1, 3),
+        ((3, "truncate", 7, "nearest"), -1, 3),
         ((1, "away", 7, "nearest"), +1, 1),
+        ((1, "truncate", 7, "nearest"), -1, 1),
     ],
 )
 def test_one_sided_rounding_is_found_with_its_sign_and_size(trained, rounding, sign, bits) -> None:
@@ -86,14 +88,17 @@ def test_one_sided_rounding_is_found_with_its_sign_and_size(trained, rounding, s
 
 
 @pytest.mark.parametrize(
-    "rounding", [(7, "nearest", 7, "nearest"), (7, "stochastic", 7, "nearest"), (23, "nearest", 23, "nearest")]
+    "rounding",
+    [(bits, mode, 7, "nearest") for bits in (7, 3, 1) for mode in ("nearest", "stochastic")]
+    + [(23, "nearest", 23, "nearest")],
 )
 def test_unbiased_rounding_is_silent(trained, rounding) -> None:
     derived, findings = trained(rounding)
     for site in ("a0", "a1"):
         assert abs(derived["law/bias_site_t", site][0]) < 4
         assert (np.abs(derived["law/bias_t", site]) < 5).all()
-    assert findings == []
+    if rounding[0] >= 7:  # coarser than bfloat16 is no bias, but breaks the shift law of a bfloat16 kernel
+        assert findings == []
 
 
 def test_a_gross_bias_is_named_at_the_first_step(trained) -> None:
@@ -110,7 +115,7 @@ def test_floors_grow_with_the_roundoff(law: str) -> None:
 
 def test_an_unknown_law_or_dtype_is_an_error_with_names() -> None:
     with pytest.raises(ConfigError, match="key_shift"):
-        floor("hull", "bfloat16")
+        floor("token_count", "bfloat16")
     with pytest.raises(ConfigError, match="float16"):
         floor("bias", "int8")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from foreshock.monitors import (
     Sink,
     Spectra,
     family,
+    floor,
     metric,
 )
 from foreshock.monitors.detectors import LawTest, Limits
@@ -122,6 +124,71 @@ def test_a_broken_law_is_a_kernel_fault_whatever_the_learning_rate_does() -> Non
     assert {a.mechanism for a in alarms} == {"wrong attention backward"}
     assert {a.site for a in alarms} == {"a0", "a1"}
     assert {a.step for a in alarms} == {600}
+
+
+@pytest.mark.parametrize("law", ["law/hull", "law/shadow"])
+def test_a_forward_that_is_off_alone_is_a_wrong_forward(law: str) -> None:
+    stream = Stream()
+    stream.run(60)
+    off = [
+        Reading(law, "a0", np.array([0.001, 0.5, 0.001, 0.001])),
+        Reading("attention/shadow_bias", "a0", np.full(4, -0.2)),
+    ]
+    (alarm,) = stream.judge.update(600, stream.readings(lambda name, site, values, n: values) + off, SITES)
+    assert (alarm.mechanism, alarm.site, alarm.head, alarm.metric) == ("wrong attention forward", "a0", 1, law)
+    assert ("along the output by -0.2" in alarm.message) == (law == "law/shadow")
+
+
+@pytest.mark.parametrize("law", ["shadow", "hull"])
+def test_a_forward_a_little_off_is_no_alarm_and_tells_a_broken_backward_apart(law: str) -> None:
+    hint, stream = [Reading(f"law/{law}", "a1", np.full(4, 1.5 * floor(law, "bfloat16")))], Stream()
+    healthy = stream.readings(lambda name, site, values, n: values)
+    assert stream.judge.update(0, healthy + hint, SITES) == []
+    broken = stream.readings(scaled("law/key_shift", by=100, site="a1", start=0))
+    (alarm,) = stream.judge.update(10, broken + hint, SITES)
+    assert alarm.mechanism == "low-precision attention kernel"
+
+
+def test_a_gradient_that_rounding_alone_makes_breaks_no_law() -> None:
+    site = {"a": Site("a", "a", "attention", "test", heads=2, kv_heads=2, dtype="bfloat16")}
+    for law, gain in (("law/key_shift", "law/key_gain"), ("law/euler", "law/euler_gain")):
+        saturated = [Reading(law, "a", np.array([1.0, 1.0])), Reading(gain, "a", np.array([200.0, 2.0]))]
+        (finding,) = LawTest().update(0, saturated, site)
+        assert (finding.metric, finding.index) == (law, 1)  # the head whose dK rounding does not explain
+
+
+def test_a_router_law_is_held_to_the_routers_own_dtype() -> None:
+    site = {"r": Site("r", "r", "router", "test", experts=4, top_k=2, dtype="float32")}
+    readings = [Reading("law/router_shift", "r", np.array([0.01]))]
+    (finding,) = LawTest("bfloat16").update(0, readings, site)
+    assert finding.expected.endswith("in float32")
+    assert LawTest().update(0, readings, {"r": replace(site["r"], dtype="bfloat16")}) == []
+
+
+@pytest.mark.parametrize(
+    ("law", "value", "mechanism"),
+    [("law/router_shift", 0.5, "wrong router backward"), ("law/token_count", 1e-7, "wrong expert choice")],
+)
+def test_a_broken_router_law_is_named_whatever_the_learning_rate_does(law: str, value: float, mechanism: str) -> None:
+    stream = Stream()
+    stream.run(60)
+    readings = stream.readings(scaled("optim/lr", "router/load", by=10, start=0))
+    (alarm,) = stream.judge.update(600, [*readings, Reading(law, "r0", np.array([value]))], SITES)
+    assert (alarm.mechanism, alarm.severity) == (mechanism, "critical")
+
+
+def test_what_is_too_large_for_a_rounding_is_called_none() -> None:
+    site = {"a": Site("a", "a", "attention", "test", heads=4, kv_heads=4, dtype="bfloat16")}
+    for c, named in ((-0.2, True), (-1.0, False)):
+        readings = [
+            Reading("law/key_shift", "a", np.full(4, 1.0)),
+            Reading("law/bias_num", "a", np.full(4, c)),
+            Reading("law/bias_den", "a", np.ones(4)),
+            Reading("law/bias", "a", np.full(4, c)),
+            Reading("law/bias_t", "a", np.full(4, -99.0)),
+        ]
+        found = {finding.metric for finding in LawTest().update(0, readings, site)}
+        assert found == ({"law/key_shift", "law/bias", "law/bias_site"} if named else {"law/key_shift"})
 
 
 def test_a_learning_rate_that_rises_is_blamed_and_no_law_fires() -> None:

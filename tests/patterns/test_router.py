@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from foreshock import Watch
 from foreshock.errors import PatternError
 from foreshock.patterns import find, router_op
 from foreshock.patterns.ops import op
@@ -530,3 +531,36 @@ def test_a_bad_description_says_what_to_give() -> None:
         router_op("route")
     with pytest.raises(PatternError, match="softmax, sigmoid"):
         router_op("a::b", scoring="tanh")
+
+
+class SharedBeside(nn.Module):
+    """Inkling: shared experts have rows of the same projection, before or behind those that are chosen from."""
+
+    def __init__(self, in_front: bool) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, E + 1, bias=False)
+        self.up = nn.Parameter(torch.randn(E, HIDDEN, HIDDEN) / HIDDEN**0.5)
+        self.in_front = in_front
+
+    def forward(self, x):
+        scores = self.gate(x).sigmoid()
+        scores = scores[:, 1:] if self.in_front else scores[:, :-1]
+        weights, chosen = scores.topk(2, -1)
+        return (torch.einsum("td,tkdf->tkf", x, self.up[chosen]) * weights[..., None]).sum(1)
+
+
+@pytest.mark.parametrize("in_front", [False, True])
+def test_logits_of_shared_experts_stand_beside(in_front: bool) -> None:
+    torch.manual_seed(0)
+    model, x = SharedBeside(in_front), torch.randn(12, HIDDEN)
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        torch.compile(model, backend=watch.backend)(x).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        (status,) = watch.coverage
+        (site,) = watch.sites
+        load = watch.series("router/load")[1][0]
+    assert (status.site.experts, status.site.top_k) == (E, 2)
+    logits = model.gate(x)[:, 1:] if in_front else model.gate(x)[:, :-1]
+    chosen = logits.topk(2, -1).indices.flatten()
+    assert load.tolist() == pytest.approx((torch.bincount(chosen, minlength=E) / len(chosen)).tolist())
+    assert site.weight.names == ("gate.weight",)

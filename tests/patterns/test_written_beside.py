@@ -67,7 +67,7 @@ def test_two_softmaxes_in_one_product_are_two_sites_without_an_output(capture) -
     assert [match.facts["head_dim"] for match in matches] == [D // 2, D // 2]
     for match in matches:
         assert "out" not in match.roles
-        assert {law for law, reason in match.laws.items() if not reason} == {"law/key_shift", "law/euler"}
+        assert {law for law, reason in match.laws.items() if not reason} == {"law/euler"}
 
 
 def test_keys_of_several_projections_say_so(capture) -> None:
