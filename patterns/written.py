@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,14 +154,14 @@ def _site(
     first: int,
 ) -> Match | str:
     after, before = use.product, logits.product
-    frame = shape(after.edges[use.side].source) or ()
     letters = after.letters[use.side]
     own = set(after.sizes(use.side))
     scale = logits.scale
+    frame, to_softmax, to_operand, keys = _frame(found, use)
 
     def to_product(side: int) -> Any:
         def place(c: Columns) -> Columns | None:
-            weights = use.place(c)
+            weights = to_softmax(c)
             at = None if weights is None else logits.place(weights)
             return None if at is None else before.place(side, dict(zip(before.result, at, strict=True)))
 
@@ -180,7 +180,7 @@ def _site(
     edges["v"] = values
     operands["v"] = Operand(
         values.source,
-        lambda c: after.place(v_side, dict(zip(letters, c, strict=True))),
+        lambda c: after.place(v_side, dict(zip(letters, to_operand(c), strict=True))),
         after.channels(v_side, own),
         values.node,
     )
@@ -193,10 +193,9 @@ def _site(
             ),
             tuple(axis for axis, letter in enumerate(after.result) if letter not in own),
         )
-    keys = letters.index(use.key)
     sizes = list(shape(found.logits) or ())
     sizes[found.axis] = frame[keys]
-    operands["logits"] = Operand(found.logits, use.place, sizes=tuple(sizes))
+    operands["logits"] = Operand(found.logits, to_softmax, sizes=tuple(sizes))
     layout = layouts(view, frame, operands, keys=keys)
     if isinstance(layout, str):
         return layout
@@ -229,6 +228,29 @@ def _site(
         broken=_broken(use, logits, sinks),
     )
     return result if isinstance(result, Match) else result.reason
+
+
+def _frame(found: Softmax, use: Use) -> tuple[tuple[int, ...], Place, Callable[[Columns], Columns], int]:
+    """The axes that all tensors share, the way from an element of them to the softmax and to the product's operand, and which of
+    them is that of the keys: the operand's, but where it takes several parts of one softmax together the softmax's own."""
+    own, whole = shape(use.product.edges[use.side].source) or (), shape(found.weights) or ()
+    key = use.product.letters[use.side].index(use.key)
+    if not use.joined or math.prod(own) == math.prod(whole):
+        return own, use.place, lambda c: c, key
+    columns = [
+        use.place(tuple(np.arange(n) if a == axis else 0 for a, n in enumerate(own))) for axis in range(len(own))
+    ]
+
+    def to_operand(c: Columns) -> Columns:
+        return tuple(_inverse(column or (), size, c) for column, size in zip(columns, own, strict=True))
+
+    return whole, lambda c: c, to_operand, found.axis
+
+
+def _inverse(column: Columns, size: int, c: Columns) -> Any:
+    """The place along one axis, which moves as ``column`` says, of what lies at ``c``."""
+    moving = next((axis for axis, x in enumerate(column) if np.ndim(x) and len(x) > 1), None)
+    return 0 if moving is None else c[moving] // int(column[moving][1] - column[moving][0]) % size
 
 
 def _sight(view: GraphView, found: Softmax, logits: Logits, layout: str, keys: int) -> Sight | None:

@@ -70,6 +70,31 @@ def test_two_softmaxes_in_one_product_are_two_sites_without_an_output(capture) -
         assert {law for law, reason in match.laws.items() if not reason} == {"law/euler"}
 
 
+def test_halves_of_one_softmax_in_one_product_are_one_site_of_all_heads(capture) -> None:
+    """The differential transformer as published: neighbouring heads of one softmax, and values of twice the width."""
+
+    class Difference(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(HIDDEN, H * D) for _ in range(3))
+
+        def forward(self, x):
+            q, k = (y(x).view(B, S, H, D).transpose(1, 2) for y in (self.q, self.k))
+            v = self.v(x).view(B, S, H // 2, 2 * D).transpose(1, 2)
+            p = (q @ k.mT * D**-0.5).softmax(-1).view(B, H // 2, 2, S, S)
+            return (p[:, :, 0] - 0.3 * p[:, :, 1]) @ v
+
+    model = Difference()
+    match = capture(model, torch.randn(B, S, HIDDEN)).match
+    assert (match.facts["heads"], match.facts["kv_heads"], match.facts["value_dim"]) == (H, H, 2 * D)
+    assert match.weights["k_weight"].heads == H
+    assert {law for law, reason in match.laws.items() if not reason} == {"law/euler"}
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        torch.compile(model, backend=watch.backend)(torch.randn(B, S, HIDDEN)).square().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        assert watch.series("law/euler")[1].max() < 1e-5
+
+
 def test_keys_of_several_projections_say_so(capture) -> None:
     class Joint(Attention):
         def __init__(self) -> None:
