@@ -29,12 +29,13 @@ COLORS: Mapping[str, str] = {
 }  # fmt: skip
 OTHER = "#14b8a6"
 _STYLE = """
-svg { --ink: #1f2937; --line: #9ca3af; --back: #ffffff; }
-@media (prefers-color-scheme: dark) { svg { --ink: #e5e7eb; --line: #6b7280; --back: #0d1117; } }
-.back { fill: var(--back); } text { fill: var(--ink); font: 12px ui-sans-serif, system-ui, sans-serif; }
+.back { fill: #ffffff; } text { fill: #1f2937; font: 12px ui-sans-serif, system-ui, sans-serif; }
 .title { font-weight: 600; font-size: 14px; } .small { font-size: 10.5px; opacity: .75; }
-.op { fill: var(--back); stroke: var(--line); } .edge { fill: none; stroke: var(--line); stroke-width: 1.2; }
+.op { fill: #ffffff; stroke: #9ca3af; } .edge { fill: none; stroke: #9ca3af; stroke-width: 1.2; }
 .tap { stroke-width: 3.5; }
+@media (prefers-color-scheme: dark) {
+.back, .op { fill: #0d1117; } text { fill: #e5e7eb; } .op, .edge { stroke: #6b7280; }
+}
 """
 WIDTH, HEIGHT, GAP, LEVEL, MARGIN = 196, 40, 18, 68, 24
 LANE = 8  # what an edge takes up on a level that it passes
