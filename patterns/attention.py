@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,11 @@ def _match_sdpa(view: GraphView, node: Node) -> Match | Miss:
 
 def _seen(view: GraphView, mask: Node, edges: dict[str, Edge]) -> Sight | None:
     queries, keys = ((shape(edges[role].source) or (0, 0))[-2] for role in ("q", "k"))
-    how = "kept" if getattr(tensor(mask), "dtype", None) is torch.bool else "added"
-    return sight(view, [Hides(how, mask)], queries, keys)
+    fake = tensor(mask)
+    assert fake is not None
+    seen = sight(view, [Hides("kept" if fake.dtype is torch.bool else "added", mask)], queries, keys)
+    varies = any(isinstance(size, torch.SymInt) for size in fake.shape)  # other lengths may be masked otherwise
+    return replace(seen, empty=True) if seen is not None and varies else seen
 
 
 SDPA = Pattern("scaled_dot_product_attention", frozenset({"scaled_dot_product_attention"}), _match_sdpa)

@@ -135,6 +135,16 @@ def test_of_a_given_mask_the_law_of_mass_holds_where_no_row_is_empty(given: Call
     assert (status.site.causal, status.site.masked, not status.laws["law/value_mass"]) == GIVEN[given]
 
 
+def test_with_lengths_that_vary_a_row_may_be_empty_at_another() -> None:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        inputs = torch.randn(B, S, H * D), torch.ones(B, S)
+        given = Attention(given=lambda padding: torch.ones(padding.shape[1], padding.shape[1], dtype=torch.bool).tril())
+        (status,) = foreshock.sites(given, *inputs)
+    assert (status.site.causal, status.site.masked) == (True, False)
+    assert "empty whole rows" in status.laws["law/value_mass"]
+
+
 def test_a_buffer_is_read_as_it_is() -> None:
     class Buffered(Attention):
         def forward(self, x: Tensor, padding: Tensor) -> Tensor:
