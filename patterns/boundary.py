@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -15,6 +15,7 @@ from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import shape, tensor, value
 from foreshock.patterns.pattern import Edge, Match, Miss
 from foreshock.patterns.provenance import Origin, Untraced, trace, weight_view
+from foreshock.records import WeightView
 
 BACKWARD_LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
 OUTPUT_LAWS = ("law/hull", "law/shadow")  # of the forward pass alone
@@ -73,18 +74,7 @@ def attention_site(
     barred = _untappable(view, edges, sizes)
     if barred:
         laws = without_gradients(laws, barred)
-    origins = {role: _origin(view, roles[role], layout[role], sizes[role]) for role in ("q", "k")}
-    weights = {}
-    for role, origin in origins.items():
-        if not isinstance(origin, Origin):
-            remarks.append(f"{role} was not traced to a weight: {origin.reason}")
-            continue
-        remarks += [f"{role}: {note}" for note in origin.notes]
-        found = weight_view(view, origin)
-        if found is not None:
-            weights[f"{role}_weight"] = found
-        if role == "k":
-            kv_heads = min(kv_heads, len(origin.index))
+    traced = traced_weights(view, roles, layout, sizes)
     return Match(
         kind="attention",
         pattern=pattern,
@@ -94,7 +84,7 @@ def attention_site(
         layout={role: layout[role] for role in roles},
         facts={
             "heads": heads,
-            "kv_heads": kv_heads,
+            "kv_heads": min(kv_heads, traced.kv_heads),
             "head_dim": head_dim,
             "value_dim": sizes["v"][3],
             "causal": causal,
@@ -105,10 +95,39 @@ def attention_site(
             **(facts or {}),
         },
         laws=laws,
-        weights=weights,
-        sources={f"{role}_weight": origin.sources for role, origin in origins.items() if isinstance(origin, Origin)},
-        notes=tuple(remarks),
+        weights=traced.weights,
+        sources=traced.sources,
+        notes=(*remarks, *traced.notes),
     )
+
+
+class Traced(NamedTuple):
+    """The weights behind q and k, their placeholders, what is to say of them, and how many key heads are distinct."""
+
+    weights: dict[str, WeightView]
+    sources: dict[str, tuple[Node, ...]]
+    notes: tuple[str, ...]
+    kv_heads: int
+
+
+def traced_weights(
+    view: GraphView, roles: Mapping[str, Node], layout: Mapping[str, str], sizes: Mapping[str, Sizes]
+) -> Traced:
+    """Back from q and k to the weights, for tensors that lie as ``layout`` says and are ``sizes`` with heads first."""
+    found = Traced({}, {}, (), sizes["k"][1])
+    for role in ("q", "k"):
+        origin = _origin(view, roles[role], layout[role], sizes[role])
+        if not isinstance(origin, Origin):
+            found = found._replace(notes=(*found.notes, f"{role} was not traced to a weight: {origin.reason}"))
+            continue
+        weight = weight_view(view, origin)
+        if weight is not None:
+            found.weights[f"{role}_weight"] = weight
+        found.sources[f"{role}_weight"] = origin.sources
+        found = found._replace(notes=(*found.notes, *(f"{role}: {note}" for note in origin.notes)))
+        if role == "k":
+            found = found._replace(kv_heads=min(found.kv_heads, len(origin.index)))
+    return found
 
 
 def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes) -> Origin | Untraced:

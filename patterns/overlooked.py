@@ -1,25 +1,30 @@
-"""Attention in a form that no pattern knows: named in the ledger, so that none is missed in silence.
+"""Attention in a form that no pattern knows: none is missed in silence.
 
 What every attention has in common, however it is written: a product of two activations (queries and keys) goes through a
 nonlinear function into another product with an activation (values). Where that stands in a graph and is neither a site nor a
-near-miss already, it is a near-miss.
+near-miss already, it is a site if the function is a softmax and the first product tells heads, queries and keys: with its weights,
+but without laws, for what happens between the products is not known. Else it is a near-miss.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 from torch.fx import Node
 
-from foreshock.patterns.coordinates import RULES
+from foreshock.patterns.axes import Operand, heads_of, layouts
+from foreshock.patterns.boundary import LAWS, coarsest_dtype, traced_weights
+from foreshock.patterns.coordinates import RULES, Columns
 from foreshock.patterns.graph import GraphView
-from foreshock.patterns.ops import args, op
+from foreshock.patterns.ops import args, op, shape
 from foreshock.patterns.pattern import Match, Miss
 from foreshock.patterns.products import Product, product
 from foreshock.patterns.pullback import Pull
 
+UNKNOWN = "attention in an unknown form"
 _SOFTMAXES = frozenset({"softmax", "softmin", "gumbel_softmax", "log_softmax", "exp"})
+_SITES = frozenset({"softmax", "softmin", "gumbel_softmax"})
 _BENT = frozenset({"sigmoid", "relu", "square"})
 _NONLINEAR = _SOFTMAXES | _BENT
 _COPIES = RULES.keys() | {"identity", "cast"}
@@ -28,8 +33,8 @@ _PICKS = frozenset({"embedding", "getitem", "index_select", "index"})
 _NEAR = 256  # nodes looked at on the way back from a product
 
 
-def overlooked(view: GraphView, results: Iterable[Match | Miss]) -> list[Miss]:
-    """A near-miss for each product that sums something over the keys of an unknown attention."""
+def overlooked(view: GraphView, results: Iterable[Match | Miss]) -> list[Match | Miss]:
+    """A site or a near-miss for each product that sums something over the keys of an unknown attention."""
     candidates = [node for node in view.graph.nodes if op(node) in _PRODUCTS]
     if not candidates:
         return []
@@ -38,15 +43,70 @@ def overlooked(view: GraphView, results: Iterable[Match | Miss]) -> list[Miss]:
     for match in known:
         if isinstance(match, Match) and match.kind == "attention":
             told |= {match.edge(role).node for role in match.operands} | set(match.roles.values()) | {match.anchor}
-    pull, found = Pull(view), []
+    pull = Pull(view)
+    found: list[Match | Miss] = []
     for node in candidates:
         met = _of_activations(view, pull, node)
         if met is not None and node not in told:
             way = _way_back(view, pull, met)
             if way and told.isdisjoint(way):
-                found.append(_miss(view, node, way))
+                found.append(_site(view, way) or _miss(view, node, way))
                 told.update(way)
     return found
+
+
+def _site(view: GraphView, way: list[Node]) -> Match | Miss:
+    """The attention whose queries and keys meet at the end of ``way``, as far as their product tells; falsy if it does not."""
+    met = product(way[-1])
+    soft = next((step for step in way if _SITES & {op(inner) for inner in (step, *_inside(view, step))}), None)
+    if met is None or soft is None or len(met.edges) != 2:
+        return Miss(way[-1], "no softmax of a product of two")
+    axes = [[a for a, letter in enumerate(met.result) if _is_own(met, letter, side)] for side in (0, 1)]
+    if not all(axes):
+        return Miss(way[-1], "the product does not tell queries from keys")
+    frame = shape(met.node) or ()
+
+    def operand(side: int) -> Operand:
+        def place(c: Columns) -> Columns:
+            return met.place(side, dict(zip(met.result, c, strict=True)))
+
+        return Operand(met.edges[side].source, place, met.channels(side, set(met.result)), met.node)
+
+    operands = {"q": operand(0), "k": operand(1)}
+    layout = layouts(view, frame, operands, keys=axes[1][-1], queries=axes[0][-1])
+    if isinstance(layout, str):
+        return Miss(way[-1], layout)
+    roles = {role: operands[role].node for role in ("q", "k")}
+    sizes = {role: heads_of(layout[role], shape(node) or ()) for role, node in roles.items()}
+    if sizes["q"][1] % sizes["k"][1] or sizes["q"][3] != sizes["k"][3]:
+        return Miss(way[-1], "its heads do not fit each other")
+    traced = traced_weights(view, roles, layout, sizes)
+    return Match(
+        kind="attention",
+        pattern=UNKNOWN,
+        anchor=soft,
+        roles=roles,
+        layout=layout,
+        facts={
+            "heads": sizes["q"][1],
+            "kv_heads": traced.kv_heads,
+            "head_dim": sizes["q"][3],
+            "causal": None,
+            "scale": None,
+            "dropout": float("nan"),
+            "masked": True,
+            "dtype": coarsest_dtype(list(roles.values())),
+        },
+        laws=dict.fromkeys(LAWS, "what happens between its products is not known"),
+        weights=traced.weights,
+        sources=traced.sources,
+        notes=("queries and keys are told by their order alone", *traced.notes),
+    )
+
+
+def _is_own(met: Product, letter: Hashable, side: int) -> bool:
+    """Whether an axis of a product comes from one operand alone."""
+    return letter in met.sizes(side) and letter not in met.sizes(1 - side)
 
 
 def _of_activations(view: GraphView, pull: Pull, node: Node) -> Product | None:

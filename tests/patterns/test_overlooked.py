@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from foreshock import Watch
+
 B, S, H, D, HIDDEN = 2, 8, 4, 8, 32
 
 
@@ -71,11 +73,27 @@ def squared_relu(q, k, v, table):
     return (q @ k.mT).relu().square() @ v
 
 
+@pytest.mark.parametrize("call", [banded_in_place, gumbel, in_a_function], ids=lambda call: call.__name__)
+def test_a_softmax_in_an_unknown_form_is_a_site_without_laws(call: Callable[..., Any]) -> None:
+    torch.manual_seed(0)
+    model = Attention(call)
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        torch.compile(model, backend=watch.backend)(torch.randn(B, S, HIDDEN)).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        (status,) = watch.coverage
+        assert watch.coverage.unmatched == ()
+        q_rms = watch.series("attention/q_rms")[1]
+    site = status.site
+    assert (site.pattern, site.heads, site.kv_heads, site.head_dim) == ("attention in an unknown form", H, H, D)
+    assert (site.q_weight.names, site.k_weight.names) == (("q.weight",), ("k.weight",))
+    assert (site.causal, site.scale, site.masked) == (None, None, True)
+    assert all(status.laws.values())
+    assert status.sampled == 1
+    assert q_rms.shape == (1, H)
+
+
 UNKNOWN = {
     summed_by_a_column_of_ones: "`exp` of a product weighs what .* a form that is not known",
-    gumbel: "`gumbel_softmax` of a product weighs what .* a form that is not known",
-    banded_in_place: "`softmax` of a product weighs what .* a form that is not known",
-    in_a_function: "`softmax` of a product weighs what .* a form that is not known",
     sigmoid: "`sigmoid` of a product weighs what .* an attention without a softmax",
     squared_relu: "`square` of a product weighs what .* an attention without a softmax|`relu` of a product",
 }
