@@ -32,7 +32,8 @@ def shape(site: Site) -> str:
     """Heads, key/value heads and head dimension, experts and top-k, or an own kind's facts, in words."""
     if site.kind == "router":
         grouped = f" of {site.groups} groups" if site.groups is not None and site.groups > 1 else ""
-        chosen = f", top {site.top_k}" if site.top_k is not None else ""
+        each = "each takes" if site.selection == "tokens" else "top"
+        chosen = f", {each} {site.top_k}" if site.top_k is not None else ""
         return f"{site.experts} experts{grouped}{chosen}"
     if site.heads is None:
         return ", ".join(f"{fact} {value}" for fact, value in site.facts.items())

@@ -40,8 +40,8 @@ def _match_sdpa(view: GraphView, node: Node) -> Match | Miss:
     dropout = argument(node, 4, "dropout_p", 0.0)
     causal = argument(node, 5, "is_causal", False)
     seen = None if mask is None else _seen(view, mask, edges)
-    if seen is not None:
-        causal = causal or seen.causal
+    if mask is not None:
+        causal = causal or (None if seen is None else seen.causal)
     return attention_site(
         view,
         node,
@@ -135,7 +135,8 @@ def attention_op(
     lies = None if layout is None else _NAMED.get(layout, layout)
     if lies is not None and not _is_layout(lies):
         raise PatternError(
-            f"describing {name}: layout is {layout!r}; give 'BHSD', 'BSHD', axes by name as in 'b s h d', or None"
+            f"describing {name}: layout is {layout!r}; give 'BHSD', 'BSHD', axes by name as in 'b s h d' (b batch, s positions,"
+            f" h heads, d channels), or None"
         )
     named = {"q": q, "k": k, "v": v, "causal": _place(causal), "scale": _place(scale), "dropout": _place(dropout)}
     check_op(name, named, {"output": output})
@@ -192,9 +193,10 @@ def _said(node: Node, given: Any) -> Any:
 
 def _is_layout(layout: str) -> bool:
     try:
-        return bool(parse(layout))
-    except ValueError:
+        letters = [name[0] for joined in parse(layout) for name in joined]
+    except (ValueError, IndexError):
         return False
+    return set(letters) <= set("bshd") and {"s", "d"} <= set(letters)
 
 
 def _number(given: Any) -> float | None:

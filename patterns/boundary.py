@@ -62,7 +62,7 @@ def attention_site(
     number = value(scale) if isinstance(scale, Node) else head_dim**-0.5 if scale is None else scale
     known_scale = float(number) if isinstance(number, int | float) and not math.isnan(number) else None
     if known_scale is None:
-        remarks.append("the softmax scale is computed at run time")
+        remarks.append("the softmax scale is not known")
     fits = mask is None or all(
         n in (1, whole) for n, whole in zip(sizes["mask"], (batch, heads, queries, keys), strict=True)
     )
@@ -70,7 +70,8 @@ def attention_site(
         remarks.append(f"the mask {list(shape(mask) or ())} does not fit the heads and sequences: no recomputed rows")
         del roles["mask"]
     recompute = fits and (facts or {}).get("recompute", True)
-    laws = _laws(roles, known_scale, dropout, causal, recompute, broken or {})
+    told = causal if mask is None else bool(causal)  # rows see what the mask says
+    laws = _laws(roles, known_scale, dropout, told, recompute, broken or {})
     barred = _untappable(view, edges, sizes)
     if barred:
         laws = without_gradients(laws, barred)

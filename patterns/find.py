@@ -14,7 +14,7 @@ from foreshock.patterns.flex import FLEX
 from foreshock.patterns.graph import FUNCTION, GraphView, body_of
 from foreshock.patterns.kernels import PUBLIC, described_by_schema
 from foreshock.patterns.lift import lift
-from foreshock.patterns.ops import op, schema
+from foreshock.patterns.ops import op, schema, tensor
 from foreshock.patterns.overlooked import overlooked
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER
@@ -86,7 +86,7 @@ def _in_one(
             if not matches and (not isinstance(missed, Miss) or missed.quiet):
                 missed = found[0]
         if not candidates and _is_opaque(node):
-            missed = described_by_schema(view, node)
+            missed = described_by_schema(view, node) or _undescribed(node)
         if not candidates and op(node).startswith("higher_order::"):
             missed = _closed(node, table)
         if missed is not None:
@@ -126,6 +126,19 @@ def _closed(node: Node, table: Mapping[str, list[Pattern]]) -> Miss:
     inside = sorted({op(inner) for body in bodies for inner in body.graph.nodes if op(inner) in table})
     name = op(node).removeprefix("higher_order::")
     return Miss(node, f"{', '.join(inside)} inside `{name}`, which is not followed", quiet=not inside)
+
+
+def _undescribed(node: Node) -> Miss:
+    """An op of somebody's library that may be an attention kernel: it takes three activations of as many axes as its result."""
+    fakes = [
+        fake for x in (*node.all_input_nodes, node) if (fake := tensor(x)) is not None and fake.is_floating_point()
+    ]
+    results = [fake for user in node.users if (fake := tensor(user)) is not None]
+    axes = [fake.dim() for fake in fakes]
+    like = len(axes) > 3 if tensor(node) is not None else len(axes) > 2 and any(x.dim() == axes[0] for x in results)
+    quiet = not like or axes[0] not in (3, 4) or len(set(axes[:3])) > 1
+    told = "an op that nobody described takes three tensors of as many axes: if it is an attention, say so with"
+    return Miss(node, f"{told} `foreshock.patterns.attention_op({op(node)!r}, q=..., k=..., v=...)`", quiet)
 
 
 def _is_opaque(node: Node) -> bool:

@@ -35,8 +35,9 @@ _NEAR = 256  # nodes that a slice visits at most, unless asked for more: matchin
 class GraphView:
     """A graph with the example inputs of its capture. ``parameters`` maps placeholders to live parameters.
 
-    ``constants`` are buffers, as they were in the capture. For the body of a call, ``parent`` is the view of the calling graph and
-    ``call`` the calling node; ``parameters``, ``names`` and ``constants`` are those of the outermost graph.
+    ``constants`` are buffers, as they were in the capture; ``model`` is the class of the module that was captured. For the body of
+    a call, ``parent`` is the view of the calling graph and ``call`` the calling node; ``parameters``, ``names`` and ``constants``
+    are those of the outermost graph.
     """
 
     graph: Graph
@@ -45,12 +46,17 @@ class GraphView:
     parent: GraphView | None = None
     call: Node | None = None
     constants: Mapping[Node, torch.Tensor] = field(default_factory=dict)
+    model: str = ""
     known: dict[type, Any] = field(default_factory=dict)  # what walks have learned, by who keeps it
     _links: dict[Node, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, graph: Graph, example_inputs: Sequence[Any], name_of: Callable[[Any], str | None] = lambda parameter: None
+        cls,
+        graph: Graph,
+        example_inputs: Sequence[Any],
+        name_of: Callable[[Any], str | None] = lambda parameter: None,
+        model: str = "",
     ) -> GraphView:
         """``name_of(parameter)`` is its name in the user's model, where known; it wins over the path that Dynamo recorded."""
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
@@ -71,7 +77,7 @@ class GraphView:
             for node, example in zip(placeholders, example_inputs, strict=False)
             if "._buffers[" in source_name(node) and isinstance(example, torch.Tensor) and not example.is_meta
         }
-        return cls(graph, parameters, names, constants=buffers)
+        return cls(graph, parameters, names, constants=buffers, model=model)
 
     @functools.cached_property
     def children(self) -> Mapping[Node, GraphView]:
@@ -84,7 +90,7 @@ class GraphView:
                 inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
                 links = dict(zip(inputs, node.args[first:], strict=False))
                 found[node] = GraphView(
-                    body.graph, self.parameters, self.names, self, node, self.constants, _links=links
+                    body.graph, self.parameters, self.names, self, node, self.constants, self.model, _links=links
                 )
         return found
 
@@ -194,10 +200,3 @@ def module_of(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     path = next(reversed(stack.values()))[0] if stack else ""
     return module_path(path, _root(path))
-
-
-def model_of(node: Node) -> str:
-    """The class of the outermost module under which Dynamo made ``node``: behind a graph break that of a part of the model."""
-    stack = node.meta.get("nn_module_stack")
-    made = next(iter(stack.values()))[1] if stack else ""
-    return made.__name__ if isinstance(made, type) else str(made).rpartition(".")[2]

@@ -319,9 +319,8 @@ def _biased(way: _Way, added: Node) -> _Way:
     """Something is added: a bias if it is learned, else it may hide keys."""
     if not _extends(added, way):
         return way
-    if getattr(tensor(added), "requires_grad", False):
-        return replace(way, biased=True, hides=(*way.hides, Hides("learned", added)))
-    return replace(way, biased=True, masked=True, hides=(*way.hides, Hides("added", added)))
+    learned = getattr(tensor(added), "requires_grad", False)
+    return replace(way, biased=True, masked=way.masked or not learned, hides=(*way.hides, Hides("added", added)))
 
 
 def _filled(number: Any, way: _Way, hides: Hides) -> _Way:

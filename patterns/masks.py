@@ -2,7 +2,8 @@
 
 Masks are made from lengths and comparisons of positions as a rule, and know no data; padding comes in by a logical and. What is
 joined with a mask by an and and is not known is taken for true everywhere, and for false everywhere: a key that is hidden both
-times is hidden, so that a causal mask is known as one beside padding that is not. Sizes are those of the capture.
+times is hidden, so that a causal mask is known as one beside padding that is not. What carries a gradient is a bias, and hides
+nothing. Sizes are those of the capture.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _POINTWISE = _AND.union(_COMPARISONS.split(), _NUMBERS.split(), {"cast"}) - {"tr
 
 
 class Hides(NamedTuple):
-    """What may hide keys: "added" to the logits, "filled" or "kept" where true, or "learned", of which nothing is known."""
+    """What may hide keys: "added" to the logits, or "filled" or "kept" where true."""
 
     how: str
     node: Any
@@ -61,7 +62,10 @@ class _Constants:
     def of(self, node: Node) -> tuple[Any, bool] | None:
         if node not in self.known:
             self.known[node] = None  # while under way
-            self.known[node] = self._computed(node)
+            found, fake = self._computed(node), tensor(node)
+            if found is None and fake is not None and fake.requires_grad:
+                found = torch.zeros(()).expand(shape(node) or ()), False
+            self.known[node] = found
         return self.known[node]
 
     def _computed(self, node: Node) -> tuple[Any, bool] | None:
@@ -128,14 +132,14 @@ def _constants(view: GraphView, assumed: bool) -> _Constants:
 
 
 def sight(view: GraphView, hides: Iterable[Hides], queries: int, keys: int) -> Sight | None:
-    """What of ``keys`` is seen by ``queries`` under all of ``hides`` but what is learned; None if not known.
+    """What of ``keys`` is seen by ``queries`` under all of ``hides``; None if not known.
 
     Each has keys along its last axis and queries along the one before, or broadcasts.
     """
     if queries * keys > _LARGEST:
         return None
     known: dict[Any, Sight | None] = view.known.setdefault(Sight, {})
-    values = [_values(view, hide) for hide in hides if hide.how != "learned"]
+    values = [_values(view, hide) for hide in hides]
     if any(not of for of in values):
         return None
     key = (queries, keys, *((how, x.data_ptr(), x.shape, x.stride()) for of in values for how, x in of))

@@ -202,11 +202,10 @@ def _site(
     readable = not found.padded and not (out is not None and view.written(found.logits, out))
     sinks = logits.sinks or found.padded
     facts: dict[str, Any] = {"masked": logits.masked, "softcap": logits.softcap, "sinks": sinks}
-    seen = _sight(view, found, logits, layout["logits"], frame[keys]) if logits.masked else None
+    seen = _sight(view, found, logits, layout["logits"], frame[keys]) if logits.hides else None
     causal = None if logits.masked or logits.biased else False
     if seen is not None:
-        learned = any(hide.how == "learned" for hide in logits.hides)
-        causal, facts["masked"] = seen.causal or (None if learned else False), seen.further
+        causal, facts["masked"] = seen.causal, seen.further
     if first:
         facts["first_key"] = first
     if use.altered or _adds(after.node):

@@ -58,7 +58,7 @@ class Backend:
         watch, start = self._watch, time.perf_counter()
         copied, _ = copy_graph(gm)
         expand(copied)
-        view = GraphView.of(copied.graph, inputs, watch.instances.name_of)
+        view = GraphView.of(copied.graph, inputs, watch.instances.name_of, _torch.root_module())
         watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
         findings = find(view, watch.patterns)
         _note(watch, findings)
@@ -175,7 +175,8 @@ def _sizes(fake: Any) -> tuple[Any, ...]:
 def _facts(match: Match, rows: int) -> Facts:
     """Plain values that probes depend on; part of every compile cache key."""
     facts = {**match.facts, "layout": match.layout}
-    known = match.facts.get("causal") is not None and match.facts.get("scale") is not None
+    seen = match.facts.get("causal") is not None or "mask" in match.roles
+    known = seen and match.facts.get("scale") is not None
     readable = "logits" in match.roles or (known and match.facts.get("recompute", True))
     return {**facts, "rows": rows if match.kind != "attention" or readable else 0}
 

@@ -175,7 +175,7 @@ def _print_coverage(coverage: Coverage, every: bool) -> None:
     columns = ("model", "site", "n", "kind", "form", "shape", "logits", "weights", "runs", "laws that hold", "notes")
     models = [row.model for row in rows]
     several = len(set(models)) > 1
-    told = iter("" if model == before else model for model, before in zip(models, ["", *models], strict=False))
+    told = iter("" if model == before else model or "?" for model, before in zip(models, [None, *models], strict=False))
     cells = [
         (next(told), row.name, row.sites, row.kind, row.form, row.shape, row.details, row.weights, row.evaluations, row.laws,
          " ".join(f"[{number}]" for number in row.footnotes))

@@ -12,7 +12,6 @@ import torch
 
 from foreshock.patterns import Match
 from foreshock.patterns.boundary import NO_GRADIENT
-from foreshock.patterns.graph import model_of
 from foreshock.patterns.pattern import line_of
 from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView, met
 
@@ -103,11 +102,14 @@ class Instances:
         self, match: Match, name: str, probe: Probe, facts: Facts, held: Held, known_as: str | None = None
     ) -> Instance:
         weights = met({role: self._rebind(view, held[role]) for role, view in match.weights.items()})
+        model = "" if match.view is None else match.view.model
         paths = [view.names[0].split(".")[:-1] for view in weights.values()]
         moved = any(view.resolve() is not match.weights[role].resolve() for role, view in weights.items())
         if paths:
             shared = ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False)))
             name = _located("" if name == match.anchor.name else name, shared, moved) or name
+        if name == match.anchor.name:  # in no module below the one that was captured
+            name = model or name
         everything: dict[str, Any] = {**match.facts, **weights}
         own = {key: value for key, value in everything.items() if key in _FIELDS}
         further = {key: value for key, value in match.facts.items() if key not in _FIELDS}
@@ -117,7 +119,7 @@ class Instances:
             name,
             match.kind,
             match.pattern,
-            model=model_of(match.anchor),
+            model=model,
             **own,
             facts=further,
             weights=others,

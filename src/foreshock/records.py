@@ -206,7 +206,7 @@ def met(weights: Mapping[str, WeightView]) -> dict[str, WeightView]:
 class Site:
     """One watched functional boundary: an attention or a router, with the weights that feed it.
 
-    ``model`` is the class of the outermost module that Dynamo entered for it.
+    ``model`` is the class of the module whose function was captured: the whole model, or a part of it behind a graph break.
     ``masked``: keys are hidden by more than causality. ``sinks``: learned logits take a share of each row. ``groups``: a router
     first chooses among groups of experts. ``biased``: a bias moves the choice and not the weights. ``selection``: how experts
     are chosen ("topk", "argmax", "sort", "threshold", "tokens": experts choose tokens). ``facts`` and ``weights`` hold what a

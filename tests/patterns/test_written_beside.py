@@ -187,7 +187,7 @@ def test_inside_an_autograd_function_laws_are_seen_from_outside_and_no_row_is_ma
         assert "attention/entropy" not in watch.metrics()
 
 
-def test_a_learned_bias_may_be_causal(capture) -> None:
+def test_a_learned_bias_hides_nothing(capture) -> None:
     class Biased(Attention):
         def __init__(self) -> None:
             super().__init__()
@@ -198,7 +198,7 @@ def test_a_learned_bias_may_be_causal(capture) -> None:
             return (q @ k.mT + self.bias).softmax(-1) @ v
 
     match = capture(Biased(), torch.randn(B, S, HIDDEN)).match
-    assert (match.facts["causal"], match.facts["masked"]) == (None, False)
+    assert (match.facts["causal"], match.facts["masked"]) == (False, False)
     assert set(match.laws.values()) == {""}
 
 
