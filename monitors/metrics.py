@@ -41,11 +41,11 @@ MERGES: Mapping[str, str] = {
     "none": "read once a step, from parameters, settings or the last samples",
 }
 COSTS: Mapping[str, str] = {
-    "free": "made of other readings, or of numbers that are there anyway: no tensor is read",
     "cheap": "a fused reduction over the tensors at the boundary, in the forward pass",
     "gradients": "the same over their gradients, in the backward pass",
     "rows": "a few sampled rows of the attention recomputed: R / S of its forward pass",
     "weights": "reads parameters, or all gradients, between two steps",
+    "free": "made of other readings, or of numbers that are there anyway: no tensor is read",
 }
 
 
