@@ -156,7 +156,8 @@ def _without_bias(
 ) -> dict[str, Tensor]:
     """Whether the same experts would have been taken without the selection bias, and the bias itself, an expert each.
 
-    The choice is repeated among the experts that it could take (groups that lost mask the others), with ties as they fell.
+    The choice is repeated among the experts that it could take (where groups are chosen first, the others are masked), with ties as
+    they fell. An expert masked with the very number that it has counts among them.
     """
     bias_E = tensors["bias"].float().reshape(-1)
     bias_E = -bias_E if facts.get("bias_subtracted") else bias_E
