@@ -94,7 +94,7 @@ def _spectral() -> tuple[Metric, ...]:
 
 
 def _rows(family: str, cost: str, *rows: tuple[str, str, str, str, str, str, str]) -> tuple[Metric, ...]:
-    return tuple(Metric(f"{family}/{name}", *rest, cost) for name, *rest in rows)
+    return tuple(Metric(f"{family}/{row[0]}", *row[1:], cost) for row in rows)
 
 
 # fmt: off

@@ -31,7 +31,7 @@ def _log_softplus(x: Tensor) -> Tensor:
 # The logarithm of each expert's mass; the routing distribution is its softmax, whatever underflows in the mass itself.
 # With any other scoring it is the softmax of the logits.
 _LOG_MASS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.nn.functional.logsigmoid,
+    "sigmoid": lambda x: -torch.nn.functional.softplus(-x),
     "softplus": _log_softplus,
     "sqrtsoftplus": lambda x: _log_softplus(x) / 2,
 }
@@ -42,7 +42,8 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
     experts, axes = facts["experts"], facts.get("axes", {})
     logits_TE = _by_expert(tensors["logits"], axes.get("logits", -1), experts, facts.get("first_expert", 0)).float()
     scores_TE = _by_expert(tensors["scores"], axes.get("scores", -1), experts).float()
-    mass_TE = _LOG_MASS.get(facts["scoring"], lambda x: x)(logits_TE)
+    scoring = facts["scoring"]
+    mass_TE = _LOG_MASS[scoring](logits_TE) if scoring in _LOG_MASS else logits_TE
     log_p_TE = mass_TE.log_softmax(-1)
     entropy_T = -_times(log_p_TE.exp(), log_p_TE).sum(-1)
     chosen_TK = _indices(facts, tensors)
