@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all lint wheel clean
+.PHONY: demo test test-all lint docs wheel clean
 
 demo: $(READY)
 	$(BIN)/foreshock demo
@@ -22,6 +22,10 @@ lint: $(READY)
 	rm -rf build
 	$(BIN)/python -m pip install -q --no-deps --target build/typecheck .
 	MYPYPATH=build/typecheck $(BIN)/mypy
+
+# docs/metrics.md and the table in README.md, from the registry of metrics.
+docs: $(READY)
+	$(BIN)/python docs/generate.py
 
 # The wheel, installed alone, must hold every subpackage and register the backend.
 wheel: $(READY)

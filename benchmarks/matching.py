@@ -101,7 +101,7 @@ def against_size(largest: int) -> None:
             matches = find(view).matches
             found = time.perf_counter()
             facts = [{**match.facts, "layout": match.layout, "rows": 16} for match in matches]
-            sites = [SitePlan(i, str(i), match, ATTENTION, facts[i]) for i, match in enumerate(matches)]
+            sites = [SitePlan(i, str(i), match, (ATTENTION,), facts[i]) for i, match in enumerate(matches)]
             fakes = [node.meta["example_value"] for node in copied.graph.nodes if node.op == "placeholder"]
             instrument(Plan(copied, view, sites, _torch.fake_mode_of(fakes), torch.device("cpu"), 16, True))
             done = time.perf_counter()

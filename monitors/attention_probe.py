@@ -33,6 +33,11 @@ def _nonfinite(*tensors: Tensor) -> Tensor:
     return torch.stack([(~torch.isfinite(x)).sum().float() for x in tensors])
 
 
+def _near_overflow(x: Tensor) -> Tensor:
+    """The share of entries beyond half of what their dtype can hold, infinities among them."""
+    return (x.abs() > torch.finfo(x.dtype).max / 2).float().mean()
+
+
 def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
     """Sums over batch and positions, a head each; sampled rows where logits are at hand, or causality, mask and scale are known.
 
@@ -41,14 +46,18 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
     t = _heads_first(facts, tensors)
     found: dict[str, Tensor] = {}
     present = [role for role in _ROLES if role in t]
-    for role in present:
+    positions = [torch.ones_like(t[role][:, 0, :, 0], dtype=torch.float32).sum() for role in present]
+    for role, many in zip(present, positions, strict=True):  # means count by their positions: microbatches may differ
         x = t[role].float()
-        found[f"{role}_mean_square"] = x.square().mean((0, 2, 3))
+        found[f"{role}_mean_square"] = x.square().mean((0, 2, 3)) * many
         found[f"{role}_absmax"] = x.abs().amax((0, 2, 3))
     if "out" in t:
         found["hull"] = _beyond_hull(t["out"], t["v"])
-    found["calls"] = torch.ones_like(found["q_absmax"][:1])
+    found["positions"] = torch.stack(positions)
     found["nonfinite"] = _nonfinite(*(t[role] for role in present))
+    found["near_overflow"] = torch.stack(
+        [_near_overflow(t[role]) * n for role, n in zip(present, positions, strict=True)]
+    )
     if facts["rows"]:
         found.update(_sampled_rows(facts, t, rows))
     return found
@@ -110,29 +119,34 @@ def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str,
     else:
         visible_count = torch.full_like(logits[..., 0], keys)
     alive = (visible_count > 0) & torch.isfinite(logits.amax(-1))
-    lse = torch.logsumexp(logits if beside is None else torch.cat([logits, beside], -1), -1)
-    lse = torch.where(alive, lse, 0.0)
-    p = torch.where(alive.unsqueeze(-1), (logits - lse.unsqueeze(-1)).exp(), 0.0)
-    mass = 1.0 if beside is None else p.sum(-1)
-    entropy = lse * mass - (p * torch.where(p > 0, logits, 0.0)).sum(-1)
-    entropy = torch.where(alive, entropy, 0.0)
+    every = logits if beside is None else torch.cat([logits, beside], -1)
+    top = torch.where(alive, every.amax(-1), 0.0).unsqueeze(-1)
+    log_sum = torch.where(alive.unsqueeze(-1), (every - top).exp().sum(-1, keepdim=True), 1.0).log()
+    lse = torch.where(alive, (top + log_sum)[..., 0], 0.0)
+    log_p = logits - top - log_sum  # and not less lse: digits of a large logit would be lost
+    p = torch.where(alive.unsqueeze(-1), log_p.exp(), 0.0)
+    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
     first_visible = (
         torch.zeros_like(logits[..., :1]).long()
         if visible is None
         else (visible.float().argmax(-1, keepdim=True).expand(sequences, heads, each, 1))
     )
+    sink = p.gather(-1, first_visible)[..., 0]
     log_visible = torch.where(visible_count > 1, visible_count, 2.0).log()
     several = alive & (visible_count > 1)
     found = {
         "row_count": alive.float().sum((0, 2)),
         "row_logit_max": logits.amax((0, 2, 3)),
         "row_entropy": entropy.sum((0, 2)),
-        "row_entropy_square": entropy.square().sum((0, 2)),
         "row_entropy_norm": torch.where(several, entropy / log_visible, 0.0).sum((0, 2)),
         "row_several": several.float().sum((0, 2)),
-        "row_sink": p.gather(-1, first_visible).sum((0, 2, 3)),
+        "row_sink": sink.sum((0, 2)),
         "row_lse": lse.sum((0, 2)),
         "row_lse_max": torch.where(alive, lse, float("-inf")).amax((0, 2)),
+        **{
+            f"row_{name}_variance": _scatter(x, alive)
+            for name, x in (("entropy", entropy), ("sink", sink), ("lse", lse))
+        },
     }
     if facts["dropout"] == 0.0 and facts.get("shadow", True) and "out" in t:
         v_NGTv = v_BGTv.index_select(0, sequence(v_BGTv)).float()
@@ -142,6 +156,17 @@ def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str,
         found["shadow_square"] = shadow.square().sum((0, 2, 3))
         found["shadow_error"] = error.square().sum((0, 2, 3))
     return found
+
+
+def _scatter(x_NHR: Tensor, alive_NHR: Tensor) -> Tensor:
+    """n times the variance of each head's rows in this call, ``[H]``; NaN for a single row, of which it is not known.
+
+    Each call draws its own rows, and every call of a step counts: what they differ by from each other is no error of a mean.
+    """
+    n = alive_NHR.float().sum((0, 2))
+    mean = torch.where(alive_NHR, x_NHR, 0.0).sum((0, 2)) / n.clamp(min=1)
+    squares = torch.where(alive_NHR, x_NHR - mean[:, None], 0.0).square().sum((0, 2))
+    return torch.where(n > 1, squares * n / (n - 1).clamp(min=1), torch.where(n == 1, float("nan"), 0.0))
 
 
 def _visible(
@@ -161,7 +186,7 @@ def _visible(
         if picked.dtype == torch.bool:
             seen = picked
         else:
-            seen, bias = picked > torch.finfo(picked.dtype).min / 2, picked.float()
+            seen, bias = picked > -_HIDDEN, picked.float()
         visible = seen if visible is None else visible & seen
     return visible, bias
 
@@ -205,7 +230,7 @@ def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str,
             "bias_den": u.square().sum((0, 2)),
             "key_noise": _per_group(unsure.sum(2), groups).sum(0) * scale**2 + underflow(gradients["k"]) / groups,
             "delta": delta.sum((0, 2)),
-            "delta_positive": (delta > 0).float().sum((0, 2)),
+            "delta_sign": delta.sign().sum((0, 2)),
             "delta_rows": torch.ones_like(delta).sum((0, 2)),
             "grad_out": do.square().sum((0, 2, 3)),
         }
@@ -246,32 +271,36 @@ def finish(facts: Facts, q: Mapping[str, Array]) -> Mapping[str, Array]:
     """Merged sums -> metrics. 0/0 is NaN: not available."""
     with np.errstate(divide="ignore", invalid="ignore"):
         found: dict[str, Array] = {}
-        if "calls" in q:
-            for role in _ROLES:
-                if f"{role}_absmax" in q:
-                    found[f"attention/{role}_rms"] = np.sqrt(q[f"{role}_mean_square"] / q["calls"])
-                    found[f"attention/{role}_absmax"] = q[f"{role}_absmax"]
+        if "positions" in q:
+            present = [role for role in _ROLES if f"{role}_absmax" in q]
+            for role, positions in zip(present, q["positions"], strict=True):
+                found[f"attention/{role}_rms"] = np.sqrt(q[f"{role}_mean_square"] / positions)
+                found[f"attention/{role}_absmax"] = q[f"{role}_absmax"]
             found["attention/nonfinite"] = q["nonfinite"]
+            found["attention/near_overflow"] = q["near_overflow"] / q["positions"]
         if "hull" in q:
             found["law/hull"] = q["hull"]
         if "row_count" in q and (q["row_count"].any() or q["nonfinite"].any()):  # else every sampled row was masked
             n = q["row_count"]
-            mean = q["row_entropy"] / n
             found |= {
-                "attention/logit_max": q["row_logit_max"],
-                "attention/entropy": mean,
-                "attention/entropy_se": np.sqrt(np.maximum(q["row_entropy_square"] / n - mean**2, 0) / n),
+                "attention/logit_max": _where_seen(q["row_logit_max"], n),
                 "attention/entropy_norm": q["row_entropy_norm"] / q["row_several"],
-                "attention/sink": q["row_sink"] / n,
-                "attention/lse": q["row_lse"] / n,
-                "attention/lse_max": q["row_lse_max"],
+                "attention/lse_max": _where_seen(q["row_lse_max"], n),
             }
+            for name in ("entropy", "sink", "lse"):
+                found[f"attention/{name}"] = q[f"row_{name}"] / n
+                found[f"attention/{name}_se"] = np.sqrt(q[f"row_{name}_variance"]) / n
         if "shadow_square" in q:
             found["attention/shadow_bias"] = q["shadow_along"] / q["shadow_square"]
             found["attention/shadow_rms"] = found["law/shadow"] = np.sqrt(q["shadow_error"] / q["shadow_square"])
         if "key_norm" in q:
             found |= _finish_backward(facts, q)
     return found
+
+
+def _where_seen(largest: Array, rows: Array) -> Array:
+    """NaN where a maximum is one of nothing: no row saw a key, and nothing else is the matter."""
+    return np.where((rows == 0) & (largest == -np.inf), np.nan, largest)
 
 
 def told(norm: Array) -> Array:
@@ -297,7 +326,7 @@ def _finish_backward(facts: Facts, q: Mapping[str, Array]) -> dict[str, Array]:
             "law/bias_num": q["bias_num"],
             "law/bias_den": q["bias_den"],
             "attention/grad_delta": q["delta"] / q["delta_rows"],
-            "attention/grad_delta_sign": 2 * q["delta_positive"] / q["delta_rows"] - 1,
+            "attention/grad_delta_sign": q["delta_sign"] / q["delta_rows"],
             "attention/grad_out_norm": np.sqrt(q["grad_out"]),
         }
     return found

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from foreshock.layout import canonical
-from foreshock.passes.plan import Frame, Plan, SitePlan, add, before, past_placeholders, quantities
+from foreshock.passes.plan import Frame, Plan, SitePlan, add, before, past_placeholders
 from foreshock.passes.taps import ENTER, LEAVE
 from foreshock.patterns import GraphView
 from foreshock.patterns.pattern import Edge, Match
@@ -20,7 +20,7 @@ _PASS = "insert_taps"
 
 def insert_tap(plan: Plan, frame: Frame, site: SitePlan) -> None:
     """A failing site keeps its forward statistics; the rest go on."""
-    if site.probe.backward is None or not _differentiable(site):
+    if not any(probe.backward for probe in site.probes) or not _differentiable(site):
         return
     try:
         _insert(plan, frame, site)
@@ -49,14 +49,14 @@ def untappable(view: GraphView, match: Match) -> str:
 
 
 def _insert(plan: Plan, frame: Frame, site: SitePlan) -> None:
-    match, backward = site.match, site.probe.backward
-    assert backward is not None
-    roles = _tapped(site)
+    match, roles = site.match, _tapped(site)
     nodes = {role: match.roles[role] for role in (*roles, *(["out"] if _leaves(site) else []))}
-    spec, sizes = plan.prepare(site, backward, roles, nodes, None)
+    spec, found = plan.prepare(site, "backward", roles, nodes, None)
+    if not found:
+        return
     tap = _tap_edges if match.operands else _tap_tensor
-    frame.pieces.append(tap(plan, frame, site, spec, sum(sizes.values())))
-    frame.backward += quantities(site, sizes)
+    frame.pieces.append(tap(plan, frame, site, spec, sum(quantity.size for quantity in found)))
+    frame.backward += found
 
 
 def _leaves(site: SitePlan) -> bool:

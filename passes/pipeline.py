@@ -34,7 +34,7 @@ class Instrumented:
 def instrument(plan: Plan) -> Instrumented | None:
     """Run the passes on ``plan``; None if nothing was inserted."""
     frame = _rewrite(plan, plan.view)
-    if not frame.packed:
+    if not frame.packed and not frame.pieces:
         return None
     plan.module.recompile()
     return Instrumented(
@@ -53,7 +53,7 @@ def _rewrite(plan: Plan, view: GraphView) -> Frame:
     _fill(plan, frame)
     if frame.slot_size or view.parent is None:
         feed_slot(plan, frame, _placeholder(plan, view, SLOT, _slot(plan, frame)))
-    if frame.packed:
+    if frame.packed or (frame.pieces and view.parent is None):
         _pack(plan, frame)
     return frame
 
@@ -128,5 +128,7 @@ def _placeholder(plan: Plan, view: GraphView, name: str, example: torch.Tensor) 
 def _pack(plan: Plan, frame: Frame) -> None:
     output = next(iter(reversed(frame.graph.nodes)))
     with before(frame.graph, output):
+        if not frame.packed:  # nothing but gradients is read
+            frame.packed.append(add(frame.graph, operator.getitem, (frame.rows, slice(0, 0)), plan.fake(0), "pack"))
         packed = add(frame.graph, torch.cat, (list(frame.packed),), plan.fake(frame.packed_size), "pack")
     output.args = ((*output.args[0], packed),)

@@ -22,22 +22,23 @@ from foreshock.records import Facts, Probe
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A stretch of a packed vector: ``size`` numbers of site ``site``, merged over microbatches by ``merge``."""
+    """A stretch of a packed vector: ``size`` numbers that ``probe`` reads at ``site``, merged over microbatches by ``merge``."""
 
     site: int
     name: str
     size: int
     merge: str
+    probe: str
 
 
 @dataclass(eq=False)
 class SitePlan:
-    """A match in the copied graph with the probe chosen for it."""
+    """A match in the copied graph with the probes of its kind."""
 
     index: int
     label: str
     match: Match
-    probe: Probe
+    probes: tuple[Probe, ...]
     facts: Facts
 
 
@@ -93,25 +94,49 @@ class Plan:
         return self._by_view.get(id(view), [])
 
     def prepare(
-        self, site: SitePlan, function: Statistics, roles: Sequence[str], nodes: Mapping[str, Node], rows: Node | None
-    ) -> tuple[dict[str, Any], dict[str, int]]:
-        """Make ``function`` of the site's probe available to the op that will call it: the op's spec, and the sizes of the results.
+        self, site: SitePlan, part: str, roles: Sequence[str], nodes: Mapping[str, Node], rows: Node | None
+    ) -> tuple[dict[str, Any], list[Quantity]]:
+        """Make the ``part`` ("forward" or "backward") of the site's probes available to the op that will call it: the op's spec,
+        and what its vector will hold. A probe that fails is left out.
 
         It is given the tensors of ``nodes``, and ``rows`` or, without, gradients of the same.
         """
-        name = f"{site.probe.name}:{getattr(function, '__qualname__', '')}:{version(function)}"
-        what = f"{'gradient statistics of' if rows is None else 'running'} probe `{site.probe.name}`"
-        register_statistics(name, function, self.report and functools.partial(self.report, what))
-        spec: dict[str, Any] = {"layout": {}, **site.facts, "statistics": name, "roles": list(roles)}
-        return spec, self._sizes_of(site, function, json.dumps(spec), nodes, rows)
+        spec: dict[str, Any] = {"layout": {}, **site.facts, "roles": list(roles)}
+        statistics: dict[str, int] = {}
+        found: list[Quantity] = []
+        for probe in site.probes:
+            function: Statistics | None = getattr(probe, part)
+            if function is None:
+                continue
+            of = "" if part == "forward" else "gradient statistics of "
+            try:
+                sizes = self._sizes_of(site, probe, function, json.dumps(spec), nodes, rows)
+            except Exception as error:
+                self.fail(f"{of}probe `{probe.name}` at {site.label}", error)
+                continue
+            name = f"{probe.kind}/{probe.name}/{part}:{getattr(function, '__qualname__', '')}:{version(function)}"
+            what = f"{of or 'running '}probe `{probe.name}`"
+            register_statistics(name, function, self.report and functools.partial(self.report, what))
+            statistics[name] = sum(sizes.values())
+            found += [
+                Quantity(site.index, quantity, size, "max" if quantity in probe.maxima else "sum", probe.name)
+                for quantity, size in sizes.items()
+            ]
+        return {**spec, "statistics": statistics}, found
 
     def _sizes_of(
-        self, site: SitePlan, function: Statistics, spec: str, nodes: Mapping[str, Node], rows: Node | None
+        self,
+        site: SitePlan,
+        probe: Probe,
+        function: Statistics,
+        spec: str,
+        nodes: Mapping[str, Node],
+        rows: Node | None,
     ) -> dict[str, int]:
         """Run statistics on fake tensors: the sizes of the results, and an early failure. Like sites are run once."""
         fakes = {role: node.meta["example_value"] for role, node in nodes.items()}
         lies = tuple((role, str(x.shape), str(x.stride()), x.dtype) for role, x in fakes.items())
-        key = (id(site.probe), spec, lies)
+        key = (id(probe), function, spec, lies)
         if key not in self._sizes:
             with self.fake_mode, torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 detached = {role: x.detach() for role, x in fakes.items()}
@@ -129,13 +154,6 @@ class Plan:
         if self.strict:
             raise error
         self.failures.append((what, error.with_traceback(None)))  # frames would keep the first batch alive
-
-
-def quantities(site: SitePlan, sizes: Mapping[str, int]) -> list[Quantity]:
-    """Where ``sizes`` of a site's results will stand in a packed vector."""
-    return [
-        Quantity(site.index, name, size, "max" if name in site.probe.maxima else "sum") for name, size in sizes.items()
-    ]
 
 
 def past_placeholders(node: Node) -> Node:

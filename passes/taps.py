@@ -42,9 +42,9 @@ _library.define("leave(Tensor x, Tensor[] carriers, str layout) -> Tensor")
 
 
 def register_statistics(name: str, function: Statistics, on_error: Callable[[Exception], None] | None = None) -> None:
-    """Make ``function`` available to ops whose spec says ``{"statistics": name}``.
+    """Make ``function`` available to ops whose spec says ``{"statistics": {name: size}}``, size numbers in all.
 
-    Where it fails, ``on_error`` is told (the log, if there is none), the site's numbers are NaN and training goes on.
+    Where it fails, ``on_error`` is told (the log, if there is none), its numbers are NaN and the rest goes on.
     """
     _statistics[name] = function
     _on_error[name] = on_error or functools.partial(_warn, name)
@@ -65,26 +65,32 @@ def packed(results: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([result.reshape(-1).float() for result in results.values()])
 
 
-def _compute(spec: Spec, tensors: Named, more: Any, size: int, device: torch.device) -> Tensor:
+def _compute(spec: Spec, tensors: Named, more: Any, device: torch.device) -> Tensor:
+    """What each of the spec's statistics says, one behind the other."""
+    parts = [_one(name, size, spec, tensors, more, device) for name, size in spec["statistics"].items()]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _one(name: str, size: int, spec: Spec, tensors: Named, more: Any, device: torch.device) -> Tensor:
     try:
         with torch.autocast(device.type, enabled=False):  # in the precision that the probe names
-            return packed(_statistics[spec["statistics"]](spec, tensors, more))
+            return packed(_statistics[name](spec, tensors, more))
     except Exception as error:
-        _on_error[spec["statistics"]](error)
+        _on_error[name](error)
         return torch.full((size,), math.nan, device=device)
 
 
 def _read(tensors: list[Tensor], rows: Tensor, spec: str) -> Tensor:
     parsed = _parse(spec)
     named = {role: x.detach() for role, x in zip(parsed["roles"], tensors, strict=True)}
-    return _compute(parsed, named, rows, parsed["size"], rows.device)
+    return _compute(parsed, named, rows, rows.device)
 
 
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: str, slot: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
-        ctx.spec, ctx.slot_size = spec, slot.shape[0]
+        ctx.spec = spec
         ctx.set_materialize_grads(False)
         parsed = _parse(spec)
         named = dict(zip(parsed["roles"], inputs, strict=True))
@@ -109,7 +115,7 @@ class _Enter(torch.autograd.Function):
         spec = {**spec, "layout": {**spec["layout"], **canonical_now}} if canonical_now else spec
         detached = {role: grad.detach() for role, grad in arrived.items() if grad is not None}
         known = {role: x for role, x in tensors.items() if x is not None}
-        stats = _compute(spec, known, detached, ctx.slot_size, inputs[0].device)
+        stats = _compute(spec, known, detached, inputs[0].device)
         return (None, stats, *passed_on)
 
 

@@ -41,6 +41,15 @@ class _Scores:
     by_tokens: bool
 
 
+@dataclass(frozen=True)
+class _Bias:
+    """The scores as they were and the bias, ``experts`` numbers, that was added to them or subtracted for the choice."""
+
+    unbiased: Node
+    bias: Node
+    subtracted: bool
+
+
 def _match(view: GraphView, node: Node) -> Match | Miss:
     found = selections(node)
     if isinstance(found, str):
@@ -175,14 +184,19 @@ def _described(
     source = _input(view, origin)
     if source is not None:
         roles["input"] = source
+    bias = _bias(view, path[path.index(logits) + 1 :] if logits in path else path, experts)
+    if bias is not None and shape(bias.unbiased) == sizes:
+        roles |= {"unbiased": bias.unbiased, "bias": bias.bias}
     facts: dict[str, Any] = {
         "experts": experts,
         "top_k": _threshold_of(selection) if selection.kind == "threshold" else selection.top_k,
         "scoring": scoring or "none",
         "selection": "tokens" if scores.by_tokens else selection.kind,
-        "biased": _biased(view, path[path.index(logits) + 1 :] if logits in path else path, experts),
+        "biased": bias is not None,
         "dtype": dtype(logits),
     }
+    if bias is not None and bias.subtracted:
+        facts["bias_subtracted"] = True
     axes = {"logits": _axis(view, logits, experts), "scores": scores.axis, "chosen": selection.axis}
     if any(axis != len(shape(roles.get(role, selection.scores)) or ()) - 1 for role, axis in axes.items()):
         facts["axes"] = axes
@@ -247,14 +261,15 @@ def _has_other_use(node: Node, step: Node) -> bool:
         node, step = args(node)[0], node
 
 
-def _biased(view: GraphView, path: Sequence[Node], experts: int) -> bool:
-    """Whether one number an expert is added on ``path`` that no token made, and what it is added to is used without it."""
+def _bias(view: GraphView, path: Sequence[Node], experts: int) -> _Bias | None:
+    """One number an expert, added on ``path``, that no token made, while what it is added to is used without it."""
     for step in path:
         summands = [x for x in step.all_input_nodes if tensor(x) is not None] if op(step) in ("add", "sub") else []
         fixed = [x for x in summands if math.prod(shape(x) or ()) == experts and _is_given(view, x)]
-        if fixed and any(_has_other_use(x, step) for x in summands if x not in fixed):
-            return True
-    return False
+        others = [x for x in summands if x not in fixed]
+        if fixed and any(_has_other_use(x, step) for x in others):
+            return _Bias(others[0], fixed[0], op(step) == "sub" and args(step)[1] is fixed[0])
+    return None
 
 
 def _is_given(view: GraphView, node: Node) -> bool:

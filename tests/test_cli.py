@@ -97,12 +97,14 @@ def test_alarms(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_metrics(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "metrics", "--json") == 0
-    names = {metric["name"] for metric in json.loads(capsys.readouterr().out)}
-    assert {"law/euler", "router/entropy", "run/loss"} <= names
+    costs = {metric["name"]: metric["cost"] for metric in json.loads(capsys.readouterr().out)}
+    expected = {"law/euler": "gradients", "router/entropy": "cheap", "attention/lse": "rows", "run/loss": "free"}
+    assert costs.items() >= expected.items()
     assert call(monkeypatch, "metrics") == 0
     table = capsys.readouterr().out
     assert "law/euler" in table
     assert "[F]" in table
+    assert "rows: a few sampled rows of the attention recomputed" in table
 
 
 @pytest.mark.parametrize(

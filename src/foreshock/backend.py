@@ -122,15 +122,15 @@ class Backend:
             watched.give_up("compiling the instrumented graph; it goes on without probes", error)
 
     def _site(self, index: int, match: Match) -> SitePlan | None:
-        probe = self._watch.probe_for(match.kind)
-        if probe is None:
+        probes = self._watch.probes_for(match.kind)
+        if not probes:
             where = module_of(match.anchor) or match.anchor.name
             told = f"{where}: found by `{match.pattern}`, but no probe measures sites of kind `{match.kind}`"
             self._watch.note_unmatched(f"{told}; give one to Watch(probes=[...])")
             return None
         match = _without_taps(match, untappable(match.view, match)) if match.view is not None else match
         facts = _facts(match, self._watch.settings.rows)
-        return SitePlan(index, module_of(match.anchor) or match.anchor.name, match, probe, facts)
+        return SitePlan(index, module_of(match.anchor) or match.anchor.name, match, probes, facts)
 
     def _resolver(self, sites: list[SitePlan], module: GraphModule) -> Callable[[Sequence[Any]], list[Instance]]:
         """From a call's arguments to the instances it evaluates."""
@@ -152,7 +152,7 @@ class Backend:
             instances.parameter_ids.update(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))
             for site, roles in zip(sites, where, strict=True):
                 held: Held = {role: tuple(args[i] for i in indices) for role, indices in roles.items()}
-                found.append(instances.resolve(site.match, site.label, site.probe, site.facts, held))
+                found.append(instances.resolve(site.match, site.label, site.probes, site.facts, held))
             if len(cache) >= MOST_WEIGHT_SETS:
                 cache.clear()
             cache[key] = found

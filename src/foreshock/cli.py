@@ -146,14 +146,16 @@ def alarms(run: RunFolder, as_json: AsJson = False) -> None:
 
 @app.command()
 def metrics(as_json: AsJson = False) -> None:
-    """Print every metric: its formula, what it runs over, how it merges and what a move of it means."""
-    from foreshock.monitors.metrics import METRICS
+    """Print every metric: its formula, what it runs over, how it merges, its cost and what a move of it means."""
+    from foreshock.monitors.metrics import COSTS, METRICS
 
     if as_json:
         _print_json([asdict(metric) for metric in METRICS])
         return
-    columns = ("name", "formula", "unit", "axis", "merge", "source", "meaning")
+    columns = ("name", "formula", "unit", "axis", "merge", "cost", "source", "meaning")
     _print_table(columns, [[str(getattr(metric, column)) for column in columns] for metric in METRICS])
+    for cost, said in COSTS.items():
+        print(f"{cost}: {said}")
 
 
 @app.command()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from foreshock.config import FAMILIES
-from foreshock.errors import ForeshockError
+from foreshock.errors import ConfigError, ForeshockError
 from foreshock.instances import Instance, Instances
 from foreshock.monitors.metrics import family
 from foreshock.records import Alarm, Array, Coverage, Reading
@@ -125,17 +125,7 @@ class Collector:
         for sample in samples:
             sample.merge_into(merged)
         for instance, quantities in merged.items():
-            found = self._guarded(
-                f"probe `{instance.probe.name}` at {instance.site.id}",
-                instance.probe.finish,
-                instance.facts,
-                quantities,
-            )
-            readings += [
-                Reading(name, instance.site.id, values)
-                for name, values in (found or {}).items()
-                if not instance.laws.get(name.removesuffix("_num").removesuffix("_den"))
-            ]
+            readings += self._finished(instance, quantities)
         readings += self._optimizer_readings(step)
         sites = [instance.site for instance in self.instances]
         for monitor in self.weights:
@@ -146,6 +136,25 @@ class Collector:
             name = type(law).__name__
             readings += self._guarded(f"monitor {name}", law.update, step, readings, by_id) or []
         return [reading for reading in readings if self._wanted(reading.metric)]
+
+    def _finished(self, instance: Instance, quantities: Mapping[tuple[str, str], Array]) -> list[Reading]:
+        """What each probe of the instance makes of its quantities; laws that do not hold there are left out."""
+        found: dict[str, Array] = {}
+        for probe in instance.probes:
+            own = {name: values for (of, name), values in quantities.items() if of == probe.name}
+            what = f"probe `{probe.name}` at {instance.site.id}"
+            made = self._guarded(what, probe.finish, instance.facts, own) if own else None
+            for name, values in (made or {}).items():
+                if name in found:
+                    told = f"another probe records {name} there already; give the metric a name of its own"
+                    self.fail(what, ConfigError(told))
+                else:
+                    found[name] = values
+        return [
+            Reading(name, instance.site.id, values)
+            for name, values in found.items()
+            if not instance.laws.get(name.removesuffix("_num").removesuffix("_den"))
+        ]
 
     def _wanted(self, metric: str) -> bool:
         if self.families is None:

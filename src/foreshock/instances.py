@@ -33,7 +33,7 @@ class Instance:
     """A site with its counters."""
 
     site: Site
-    probe: Probe
+    probes: tuple[Probe, ...]
     facts: Facts
     laws: Mapping[str, str]
     notes: tuple[str, ...]
@@ -78,7 +78,7 @@ class Instances:
         known = self._names.get(id(parameter))
         return known[1] if known is not None and known[0]() is parameter else None
 
-    def resolve(self, match: Match, name: str, probe: Probe, facts: Facts, held: Held) -> Instance:
+    def resolve(self, match: Match, name: str, probes: tuple[Probe, ...], facts: Facts, held: Held) -> Instance:
         """``name`` and the line of source tell apart sites without weights, ``name`` alone those that lack one of two."""
         weights = tuple(id(parameter) for parameters in held.values() for parameter in parameters)
         rows = tuple(view.index.tobytes() for view in match.weights.values())
@@ -93,13 +93,19 @@ class Instances:
         known = self._by_key[key] = [instance for instance in self._by_key.get(key, ()) if instance.is_live()]
         found = _of_like_laws(known, match)
         if found is None:
-            known.append(self._make(match, name, probe, facts, held))
+            known.append(self._make(match, name, probes, facts, held))
         elif _knows_more(match.laws, found.laws):
-            found.become(self._make(match, name, probe, facts, held, found.site.id))
+            found.become(self._make(match, name, probes, facts, held, found.site.id))
         return found or known[-1]
 
     def _make(
-        self, match: Match, name: str, probe: Probe, facts: Facts, held: Held, known_as: str | None = None
+        self,
+        match: Match,
+        name: str,
+        probes: tuple[Probe, ...],
+        facts: Facts,
+        held: Held,
+        known_as: str | None = None,
     ) -> Instance:
         weights = met({role: self._rebind(view, held[role]) for role, view in match.weights.items()})
         model = "" if match.view is None else match.view.model
@@ -125,7 +131,7 @@ class Instances:
             weights=others,
         )
         told = (f"{role}: {note}" for role, view in weights.items() for note in view.notes)
-        return Instance(site, probe, facts, match.laws, (*match.notes, *told))
+        return Instance(site, probes, facts, match.laws, (*match.notes, *told))
 
     def _rebind(self, view: WeightView, parameters: tuple[torch.Tensor, ...]) -> WeightView:
         """``view`` on the parameters of this call: under regional compilation one graph serves many layers."""

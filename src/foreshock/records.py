@@ -21,17 +21,18 @@ Tensors = Mapping[str, torch.Tensor]  # by role
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What is measured at one kind of site.
+    """What is measured at one kind of site. Several probes of a kind stand beside each other, each under a name of its own.
 
     ``forward(facts, tensors, rows)`` and ``backward(facts, tensors, gradients)`` return named tensors, spelled in pure torch
     ops without control flow on values; ``rows`` is a vector of fresh uniform numbers in [0, 1). They are traced into the
     user's graph. Each named result is a quantity that adds up over microbatches, or merges by maximum if it is in
-    ``maxima``. ``finish(facts, quantities)`` turns the merged quantities (1-D float64 arrays) into metrics by name.
+    ``maxima``. Either may be None. ``finish(facts, quantities)`` turns the merged quantities (1-D float64 arrays), of forward
+    passes, of backward passes or of both, into metrics by name.
     """
 
     name: str
     kind: str
-    forward: Callable[[Facts, Tensors, torch.Tensor], Mapping[str, torch.Tensor]]
+    forward: Callable[[Facts, Tensors, torch.Tensor], Mapping[str, torch.Tensor]] | None
     finish: Callable[[Facts, Mapping[str, Array]], Mapping[str, Array]]
     backward: Callable[[Facts, Tensors, Tensors], Mapping[str, torch.Tensor]] | None = None
     maxima: frozenset[str] = frozenset()

@@ -16,7 +16,7 @@ from foreshock.passes import Instrumented, Quantity
 from foreshock.records import Array
 
 Compiled = Callable[..., Any]
-Merged = dict[Instance, dict[str, Array]]  # quantities by name, 1-D float64, merged over the calls of a step
+Merged = dict[Instance, dict[tuple[str, str], Array]]  # by probe and name, 1-D float64, merged over the calls of a step
 
 
 @dataclass(eq=False)
@@ -56,10 +56,11 @@ def _merge(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quant
         part = values[at : at + quantity.size]
         at += quantity.size
         quantities = merged.setdefault(instances[quantity.site], {})
-        known = quantities.get(quantity.name)
+        key = (quantity.probe, quantity.name)
+        known = quantities.get(key)
         if known is not None:
             part = np.maximum(known, part) if quantity.merge == "max" else known + part
-        quantities[quantity.name] = part
+        quantities[key] = part
 
 
 class WatchedGraph:

@@ -49,7 +49,8 @@ class Watch:
         on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), or a callable taking the `Alarm`.
         sinks: more receivers of readings and alarms.
         strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
-        probes: `Probe`s for further kinds of site, or in place of the built-in ones.
+        probes: `Probe`s for further kinds of site, or beside the built-in ones at attentions and routers; a probe replaces the one
+            of its kind that has the same name ("attention", "router").
 
     Settings not given here come from ``foreshock.toml``, ``[tool.foreshock]`` and ``FORESHOCK_*``; see `foreshock.config`.
     """
@@ -94,7 +95,7 @@ class Watch:
         self.clock = StepClock()
         self.stop_requested = False
         self.on_match: Callable[[GraphView, Match], None] | None = None  # called with every match of a capture
-        self._probes = {probe.kind: probe for probe in (ATTENTION, ROUTER, *probes)}
+        self._probes = {(probe.kind, probe.name): probe for probe in (ATTENTION, ROUTER, *probes)}
         self._act = on_alarm if callable(on_alarm) else self.settings.on_alarm
         self._reported: dict[str, str] = {}
         self._unmatched: dict[str, None] = {}
@@ -246,8 +247,8 @@ class Watch:
 
     # -- what the other rooms call -----------------------------------------------------------------------------------
 
-    def probe_for(self, kind: str) -> Probe | None:
-        return self._probes.get(kind)
+    def probes_for(self, kind: str) -> tuple[Probe, ...]:
+        return tuple(probe for (of, _), probe in self._probes.items() if of == kind)
 
     def is_sampled(self, step: int) -> bool:
         return step % self.settings.every == 0

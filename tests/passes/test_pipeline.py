@@ -62,7 +62,7 @@ def _plan(captured, probes, strict: bool = False, rows: int = 4) -> Plan:
     matches = find(view).matches
     fakes = [node.meta.get("example_value") for node in copied.graph.nodes if node.op == "placeholder"]
     sites = [
-        SitePlan(i, f"site {i}", match, probes[match.kind], {**match.facts, "layout": match.layout, "rows": rows})
+        SitePlan(i, f"site {i}", match, (probes[match.kind],), {**match.facts, "layout": match.layout, "rows": rows})
         for i, match in enumerate(matches)
         if match.kind in probes
     ]
@@ -219,7 +219,7 @@ def test_a_failing_gradient_probe_leaves_the_forward_probe(capture) -> None:
     plan = _plan(capture(Block(), _x()), {"attention": _failing("backward"), "router": SMALL_ROUTER})
     done = instrument(plan)
     ((what, error),) = plan.failures
-    assert what == "gradient tap at site 0"
+    assert what == "gradient statistics of probe `failing` at site 0"
     assert str(error) == "backward fails"
     assert {q.site for q in done.forward} == {0, 1}
     assert {q.site for q in done.backward} == {1}

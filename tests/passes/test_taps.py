@@ -20,7 +20,7 @@ LATE = [{"role": "out", "like": "q", "width": 8}]
 
 
 def _spec(name: str, **facts) -> str:
-    return json.dumps({"statistics": name, "roles": list(ROLES), "layout": LAYOUT, "late": LATE, **facts})
+    return json.dumps({"statistics": {name: 8}, "roles": list(ROLES), "layout": LAYOUT, "late": LATE, **facts})
 
 
 def _inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -99,7 +99,7 @@ def test_an_unused_output_leaves_the_slot_empty(one_thread) -> None:
 def test_a_tap_without_a_kernel(one_thread) -> None:
     register_statistics("test_norm", lambda spec, tensors, grads: {"square": grads["logits"].square().sum()})
     logits, slot = torch.randn(4, 3, requires_grad=True), torch.zeros(1, requires_grad=True)
-    (view,) = ENTER([logits], slot, json.dumps({"statistics": "test_norm", "roles": ["logits"], "layout": {}}))
+    (view,) = ENTER([logits], slot, json.dumps({"statistics": {"test_norm": 1}, "roles": ["logits"], "layout": {}}))
     (view * 3).sum().backward()
     torch.testing.assert_close(slot.grad, torch.tensor([9.0 * 12]))
     assert torch.equal(logits.grad, torch.full((4, 3), 3.0))
@@ -137,7 +137,9 @@ def test_a_second_registration_replaces_the_first(one_thread) -> None:
     for factor in (1.0, 5.0):
         register_statistics("test_again", lambda spec, t, g, factor=factor: {"sum": g["logits"].sum() * factor})
         logits, slot = torch.randn(3, requires_grad=True), torch.zeros(1, requires_grad=True)
-        (view,) = ENTER([logits], slot, json.dumps({"statistics": "test_again", "roles": ["logits"], "layout": {}}))
+        (view,) = ENTER(
+            [logits], slot, json.dumps({"statistics": {"test_again": 1}, "roles": ["logits"], "layout": {}})
+        )
         view.sum().backward()
         assert slot.grad == 3 * factor
 
@@ -147,7 +149,7 @@ def test_an_operand_made_late_comes_the_way_of_the_output(one_thread, backend: s
     """Values that exist only after the logits; output ``[B, S, H, D]``, and carriers of another width than q's."""
     layout = {"q": "b h s d", "k": "b h d s", "v": "b h s d", "out": "b s h d"}
     late = [{"role": "v", "like": "k", "width": 5}, {"role": "out", "like": "q", "width": 5}]
-    spec = json.dumps({"statistics": "test_sums", "roles": ["q", "k"], "layout": layout, "late": late})
+    spec = json.dumps({"statistics": {"test_sums": 8}, "roles": ["q", "k"], "layout": layout, "late": late})
 
     def attention(q: Tensor, k: Tensor, v: Tensor, slot: Tensor | None) -> Tensor:
         carriers: list[Tensor] = []
@@ -183,7 +185,7 @@ def test_an_operand_made_late_comes_the_way_of_the_output(one_thread, backend: s
 def test_reading_a_boundary_is_no_part_of_the_gradient(one_thread) -> None:
     register_statistics("test_read", lambda spec, t, rows: {"sum": t["x"].sum(), "rows": rows[:2]})
     x, rows = torch.randn(3, requires_grad=True), torch.rand(4)
-    spec = json.dumps({"statistics": "test_read", "roles": ["x"], "size": 3})
+    spec = json.dumps({"statistics": {"test_read": 3}, "roles": ["x"]})
     vector = torch.compile(lambda: READ([x], rows, spec), backend="aot_eager", fullgraph=True)()
     assert not vector.requires_grad
     torch.testing.assert_close(vector, torch.cat([x.detach().sum().reshape(1), rows[:2]]))
