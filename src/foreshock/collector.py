@@ -103,7 +103,7 @@ class Collector:
         start = time.perf_counter()
         self._weighed = step
         sites = [instance.site for instance in self.instances]
-        found = []
+        found: list[Reading] = []
         for monitor in self.each_step:
             found += self._guarded(f"monitor {type(monitor).__name__}", monitor.update, step, sites) or []
         if readings := [reading for reading in found if self._wanted(reading.metric)]:

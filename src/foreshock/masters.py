@@ -119,7 +119,7 @@ class Masters:
         return Master(weakref.ref(flat[0][0]), flat[0][1]) if len(flat) == 1 else None
 
 
-def _tensors(found: Any, depth: int = 3) -> Iterator[Tensor]:
+def _tensors(found: Any, depth: int = 4) -> Iterator[Tensor]:
     """The plain float32 tensors in nested containers, each once, whoever else holds a view of it."""
     seen: set[tuple[int, int]] = set()
 
