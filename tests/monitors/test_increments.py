@@ -9,7 +9,7 @@ from projections import LAYOUTS, Projection, latent, separate
 from torch import Tensor
 
 from foreshock.monitors import Spectra
-from foreshock.monitors.increments import UPDATE_RATIO
+from foreshock.monitors.increments import UPDATE_RATIO, _root
 from foreshock.monitors.metrics import STATISTICS
 from foreshock.records import Array
 
@@ -89,6 +89,18 @@ def test_weight_decay_alone_moves_along_the_weights(make, dtype: torch.dtype) ->
     found, wanted = measured(spectra, projection, 10), expected(projection, base)
     for name in MATRICES:
         np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_gram_matrix_with_a_negative_pivot_is_factored_as_what_it_rounds() -> None:
+    """Cholesky's factor of such a matrix is wrong without a word."""
+    generator = torch.Generator().manual_seed(8)
+    thin = torch.randn(16, 3, dtype=torch.float64, generator=generator)
+    gram = torch.stack(
+        [thin @ thin.mT - 1e-12 * torch.eye(16), torch.eye(16, dtype=torch.float64), torch.zeros(16, 16)]
+    )
+    assert torch.linalg.cholesky_ex(gram[0])[1] > 0
+    root = _root(gram)
+    torch.testing.assert_close(root @ root.mT, gram, rtol=0, atol=1e-10)
 
 
 def test_what_cancels_in_the_circuit_is_gone_to_seven_digits() -> None:
