@@ -44,6 +44,10 @@ class Columns:
         for position, trend in enumerate(trends):
             self._wanted.setdefault(trend.metric, []).append(position)
 
+    def wants(self, metric: str) -> bool:
+        """Whether a trend is judged of this metric."""
+        return metric in self._wanted
+
     def row(self, readings: Sequence[Reading]) -> tuple[Array, Array, Array]:
         """Values on the trend's scale, raw values, and the worst head or expert (-1: none), each ``[S]``."""
         found: dict[int, tuple[float, float, int]] = {}
@@ -85,6 +89,7 @@ def fold(trend: Trend, values: Array) -> tuple[float, float, int]:
 class Drift:
     """CUSUM of every trend against its own forecast; silent while the learning rate warms up.
 
+    A sample is what each series said last since the sample before: weights are read on another step at each site.
     With ``reference`` runs, a second CUSUM judges the distance to their median at the same step, in units of their spread.
     """
 
@@ -97,15 +102,18 @@ class Drift:
         self.cusum, self.reference_cusum = Cusum(), Cusum()
         self._band = Band(reference)
         self._last = -spacing
+        self._held: dict[tuple[str, str | None], Reading] = {}  # since the last sample
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         """Every series that is out now (score above 1), and the hints."""
+        self._held |= {(r.metric, r.site): r for r in readings if self.columns.wants(r.metric)}
         if step < self._last + self.spacing:
             return []
         self._last = step
+        held, self._held = list(self._held.values()), {}
         if self.warmup.update(step, readings):
             return []
-        values, raw, worst = self.columns.row(readings)
+        values, raw, worst = self.columns.row(held)
         if not len(values):
             return []
         effects = np.array([self.trends[position].effect for position, _ in self.columns.keys])
@@ -168,6 +176,7 @@ class Drift:
             "cusum": self.cusum.state_dict(),
             "reference": self.reference_cusum.state_dict(),
             "last": self._last,
+            "held": [[*key, reading.values.tolist()] for key, reading in self._held.items()],
             "warmup": self.warmup.state_dict(),
         }
 
@@ -177,6 +186,8 @@ class Drift:
         self.cusum.load_state_dict(state["cusum"])
         self.reference_cusum.load_state_dict(state["reference"])
         self._last = state["last"]
+        held = [Reading(metric, site, np.array(values)) for metric, site, values in state["held"]]
+        self._held = {(reading.metric, reading.site): reading for reading in held}
         self.warmup.load_state_dict(state["warmup"])
 
 

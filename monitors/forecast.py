@@ -63,7 +63,9 @@ class Forecast:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = list(state["steps"])
-        self.values, self.errors = (np.array(state[name], dtype=float, ndmin=2) for name in ("values", "errors"))
+        self.values, self.errors = (  # no row at all is not one empty row
+            np.array(state[name], dtype=float) if state[name] else np.empty((0, 0)) for name in ("values", "errors")
+        )
 
 
 def median(x_NS: Array) -> Array:

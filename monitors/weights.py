@@ -11,11 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from foreshock.records import Array, Reading, Site
+from foreshock.records import Array, Read, Reading, Site, as_it_is
 
 
 class RouterWeights:
-    """``router/similarity``, ``conditioning``, ``effective_rank`` and row norms of every router whose weight is known."""
+    """``router/similarity``, ``conditioning``, ``effective_rank`` and row norms of every router whose weight is known.
+
+    ``read`` gives the tensor to read in a parameter's place (its fp32 master).
+    """
+
+    def __init__(self, read: Read = as_it_is) -> None:
+        self.read = read
 
     def update(self, step: int, sites: Sequence[Site]) -> list[Reading]:
         """One reading of length 1 per metric and router; a router whose weight is gone is skipped."""
@@ -23,7 +29,7 @@ class RouterWeights:
         for site in sites:
             if site.kind != "router" or site.weight is None or site.weight.resolve() is None:
                 continue
-            rows = site.weight.factor(0).T.double().cpu().numpy()
+            rows = site.weight.factors(self.read)[0].T.double().cpu().numpy()
             readings += [Reading(name, site.id, np.array([value])) for name, value in router_statistics(rows).items()]
         return readings
 

@@ -45,6 +45,7 @@ class Collector:
         families: Sequence[str] | None,
         derived: Sequence[Any],
         weights: Sequence[Any],
+        each_step: Sequence[Any] = (),
         judge: Any,
         sinks: Sequence[Any],
         on_alarm: Callable[[Alarm], None],
@@ -53,6 +54,7 @@ class Collector:
         self.instances, self.store = instances, store
         self.families = None if families is None else {*families, "run"}
         self.derived, self.weights, self.sinks = list(derived), list(weights), list(sinks)
+        self.each_step = list(each_step)
         self.judge = judge
         self.on_alarm, self.fail = on_alarm, fail
         self.alarms: list[Alarm] = []
@@ -61,6 +63,8 @@ class Collector:
         self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
         self._optimizer: dict[int, dict[str, list[Any]]] = {}
+        self._weighed = -1
+        self._unjudged: dict[tuple[str, str | None], Reading] = {}  # of the weights, since the last judged step
 
     @property
     def trained(self) -> set[Instance]:
@@ -88,6 +92,36 @@ class Collector:
         found["lr"] += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         if dense:
             found["norms"].append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense))))
+
+    def weigh(self, step: int) -> None:
+        """``step`` is over and its weights stand: ask the monitors that spread their work over the steps.
+
+        What they say is stored at its own step, and judged with the next sampled one.
+        """
+        if step <= self._weighed or not self.each_step:
+            return
+        start = time.perf_counter()
+        self._weighed = step
+        sites = [instance.site for instance in self.instances]
+        found: list[Reading] = []
+        for monitor in self.each_step:
+            found += self._guarded(f"monitor {type(monitor).__name__}", monitor.update, step, sites) or []
+        if readings := [reading for reading in found if self._wanted(reading.metric)]:
+            self._unjudged |= {(reading.metric, reading.site): reading for reading in readings}
+            self._guarded("writing to the store", self.store.write, step, readings)
+            for sink in self.sinks:
+                self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
+        self.seconds += time.perf_counter() - start
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was weighed and not judged yet."""
+        unjudged = [[*key, reading.values.tolist()] for key, reading in self._unjudged.items()]
+        return {"weighed": self._weighed, "unjudged": unjudged}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._weighed = state["weighed"]
+        found = [Reading(metric, site, np.array(values)) for metric, site, values in state["unjudged"]]
+        self._unjudged = {(reading.metric, reading.site): reading for reading in found}
 
     def finish(self, upto: int) -> None:
         """Work off every step before ``upto``."""
@@ -178,7 +212,8 @@ class Collector:
 
     def _judge(self, step: int, readings: Sequence[Reading]) -> None:
         sites = {instance.site.id: instance.site for instance in self.instances}
-        raised: list[Alarm] = self._guarded("judging", self.judge.update, step, readings, sites) or []
+        heard, self._unjudged = [*readings, *self._unjudged.values()], {}
+        raised: list[Alarm] = self._guarded("judging", self.judge.update, step, heard, sites) or []
         for sink in self.sinks:
             self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:

@@ -17,6 +17,12 @@ import torch
 Array = npt.NDArray[Any]
 Facts = Mapping[str, Any]  # plain facts of a site: sizes, scale, layout; JSON values only
 Tensors = Mapping[str, torch.Tensor]  # by role
+Read = Callable[[torch.Tensor], torch.Tensor]  # what to read in a parameter's place: its fp32 master, or itself
+
+
+def as_it_is(parameter: torch.Tensor) -> torch.Tensor:
+    """The parameter itself."""
+    return parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +138,15 @@ class WeightView:
         held = self.held()
         return None if held is None else held[0]
 
-    def matrices(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Of each stage its matrix, ``[heads, inputs, channels]`` in the parameter's dtype, and its gain, float64
+    def matrices(self, read: Read = as_it_is) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Of each stage its matrix, ``[heads, inputs, channels]`` in the dtype of what ``read`` gives, and its gain, float64
         ``[heads, channels]`` or None. Detached. Raises LookupError once a parameter is gone."""
         held = self.held()
         if held is None:
             raise LookupError(f"reading the weight {', '.join(self.names)}: the parameter no longer exists")
         found, at = [], 0
         for stage in self.stages:
-            weight, *gains = (x.detach() for x in held[at : at + 1 + len(stage.gains)])
+            weight, *gains = (read(x).detach() for x in held[at : at + 1 + len(stage.gains)])
             matrix, gain = stage.matrix(weight), stage.gain(gains)
             gain = None if gain is None else gain.to(weight.device)
             if stage.unit:
@@ -149,10 +155,10 @@ class WeightView:
             at += 1 + len(gains)
         return found
 
-    def factors(self) -> torch.Tensor:
-        """All factors, ``[heads, hidden, head_dim]``, detached: in the parameter's dtype, a chain's in at least float32."""
+    def factors(self, read: Read = as_it_is) -> torch.Tensor:
+        """All factors, ``[heads, hidden, head_dim]``, detached: in the dtype of what is read, a chain's in at least float32."""
         product: torch.Tensor | None = None
-        for stage, (matrix, gain) in zip(self.stages, self.matrices(), strict=True):
+        for stage, (matrix, gain) in zip(self.stages, self.matrices(read), strict=True):
             factor = matrix if gain is None else matrix * gain.to(matrix.dtype)[:, None, :]
             if product is None:
                 product = factor

@@ -20,6 +20,7 @@ from foreshock.config import Settings, load_settings
 from foreshock.errors import AlarmRaised, ConfigError
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
+from foreshock.masters import Masters
 from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
 from foreshock.monitors.attention_probe import ATTENTION
 from foreshock.monitors.router_probe import ROUTER
@@ -107,17 +108,20 @@ class Watch:
         store: Store = MemoryStore() if self.settings.run is None else RunStore(_of_this_rank(self.settings.run))
         references = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors or () if not isinstance(m, str)]
+        self.masters = Masters()
+        stride = max(min(self.settings.windows), self.settings.every)
         self._state: dict[str, Any] = {
             "bias": BiasLaw(),
-            "spectra": Spectra(windows=self.settings.windows),
-            "router": RouterWeights(),
+            "spectra": Spectra(self.settings.windows, stride, self.masters.read),
+            "router": RouterWeights(self.masters.read),
         }
         self.collector = Collector(
             self.instances,
             store,
             families=self.settings.monitors,
             derived=[self._state["bias"]],
-            weights=[*(self._state[name] for name in ("spectra", "router") if self._keeps(name)), *own],
+            weights=[*([self._state["router"]] if self._keeps("router") else []), *own],
+            each_step=[self._state["spectra"]] if self._keeps("spectra") else [],
             judge=Judge(references, detectors=detectors or (), on_error=self.fail),
             sinks=[ConsoleSink(), *sinks],
             on_alarm=self._on_alarm,
@@ -202,6 +206,7 @@ class Watch:
         if self._closed:
             return
         try:
+            self._catch_up()
             self.collector.finish(_EVERYTHING)
             self.flush()
         finally:
@@ -230,7 +235,12 @@ class Watch:
         """Everything that a resumed run needs to go on as if never stopped."""
         self._catch_up()
         monitors = {name: monitor.state_dict() for name, monitor in self._state.items()}
-        return {"clock": self.clock.state_dict(), "monitors": monitors, "judge": self.collector.judge.state_dict()}
+        return {
+            "clock": self.clock.state_dict(),
+            "monitors": monitors,
+            "judge": self.collector.judge.state_dict(),
+            "collector": self.collector.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
@@ -239,6 +249,7 @@ class Watch:
         for name, monitor in self._state.items():
             monitor.load_state_dict(state["monitors"][name])
         self.collector.judge.load_state_dict(state["judge"])
+        self.collector.load_state_dict(state["collector"])
 
     @property
     def closed(self) -> bool:
@@ -287,16 +298,20 @@ class Watch:
 
     def _statuses(self) -> tuple[SiteStatus, ...]:
         trained = self.collector.trained
-        return tuple(i.status(() if i in trained or not i.evaluations else (NEVER_TRAINED,)) for i in self.instances)
+        untrained = {i for i in self.instances if i.evaluations and i not in trained}
+        told = {i: (NEVER_TRAINED,) if i in untrained else self.masters.notes(i.site) for i in self.instances}
+        return tuple(instance.status(more) for instance, more in told.items())
 
     def _keeps(self, family: str) -> bool:
         return self.settings.monitors is None or family in self.settings.monitors
 
     def _catch_up(self) -> None:
         self._finished = self.clock.step
+        self.collector.weigh(self.clock.step - 1)
         self.collector.finish(self.clock.step)
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self.masters.met(optimizer)
         if not self.clock.concerns(optimizer, self.instances.parameter_ids):
             return
         try:
@@ -349,6 +364,9 @@ class _Survey(Watch):
 
     def is_sampled(self, step: int) -> bool:
         return False
+
+    def _catch_up(self) -> None:
+        """Nothing was sampled."""
 
     def _statuses(self) -> tuple[SiteStatus, ...]:
         return tuple(instance.status() for instance in self.instances)

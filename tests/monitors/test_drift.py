@@ -142,6 +142,30 @@ def test_the_same_stream_gives_the_same_findings_also_across_a_resume() -> None:
     assert early + late == whole
 
 
+def test_what_was_read_between_two_samples_counts_at_the_next() -> None:
+    """Weights are read on another step at each site, sampled or not: every series keeps its spacing."""
+    series = healthy(2007)
+    series["attention/delta2_norm", "a1"][80:] *= 3
+    wanted = run(Drift(), series)
+    assert {f.site for f in wanted} == {"a1"}
+    detector, found = Drift(), []
+    for step in range(STEPS):
+        n, early = divmod(step + 3, EVERY)  # three steps before the others
+        readings = []
+        for (name, site), values in series.items():
+            if "delta2" in name and site == "a1" and step > 0:
+                readings += [Reading(name, site, values[n])] if early == 0 and n < len(values) else []
+            elif step % EVERY == 0:
+                readings.append(Reading(name, site, values[step // EVERY]))
+        readings += [Reading("optim/lr", None, np.array([rate(step)]))] * (step % EVERY == 0)
+        found += [f for f in detector.update(step, readings, {}) if f.score >= 1]
+        if step % 7 == 0:
+            resumed = Drift()
+            resumed.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+            detector = resumed
+    assert found == wanted
+
+
 def test_an_unsampled_site_that_appears_later_is_a_new_series() -> None:
     series = healthy(2006)
     late = {key: values for key, values in series.items() if key[1] == "a1"}

@@ -1,171 +1,289 @@
-"""Increment spectra against a dense float64 SVD, and the router formulas against brute force."""
+"""When each site is measured and against what, what is kept for that, and the router formulas against brute force."""
 
 from __future__ import annotations
 
+import gc
+import io
 import itertools
-import weakref
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from projections import LAYOUTS, Projection, rows, separate, view
 
 from foreshock.monitors import RouterWeights, Spectra
-from foreshock.monitors.metrics import STATISTICS, metric
-from foreshock.monitors.spectra import UPDATE_RATIO
-from foreshock.records import Site, Stage, WeightView
+from foreshock.monitors import spectra as module
+from foreshock.monitors.increments import UPDATE_RATIO
+from foreshock.monitors.metrics import metric
+from foreshock.records import Array, Site, Stage
 
-HIDDEN, HEADS, HEAD_DIM = 48, 4, 8
-
-
-def view(parameter: torch.Tensor, groups: int, head_map: tuple[int, ...]) -> WeightView:
-    index = np.arange(parameter.shape[0]).reshape(groups, -1)
-    return WeightView((f"w{id(parameter)}",), (Stage(index, (0,), head_map),), (weakref.ref(parameter),))
+NORM = "attention/delta2_norm"
 
 
-def attention(name: str, q: torch.Tensor, k: torch.Tensor, groups: int) -> Site:
-    k_map = tuple(head * groups // HEADS for head in range(HEADS))
-    views = {"q_weight": view(q, HEADS, tuple(range(HEADS))), "k_weight": view(k, groups, k_map)}
-    return Site(name, name, "attention", "test", heads=HEADS, kv_heads=groups, head_dim=HEAD_DIM, **views)
+def some(count: int) -> list[Projection]:
+    return [separate(f"site{i}", heads=2, groups=1, d=12, h=3, seed=i) for i in range(count)]
 
 
-def weights(groups: int, seed: int) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((HEADS * HEAD_DIM, HIDDEN), (groups * HEAD_DIM, HIDDEN))
-    q, k = (torch.nn.Parameter(torch.randn(shape, generator=generator) / HIDDEN**0.5) for shape in shapes)
-    return q, k
+def sites_of(projections: Iterable[Projection]) -> list[Site]:
+    return [projection.site for projection in projections]
 
 
-def dense(matrix: torch.Tensor) -> tuple[float, float, float, float]:
-    squares = torch.linalg.svdvals(matrix).square()
-    entropy = torch.special.entr(squares / squares.sum()).sum()
-    return tuple(float(x) for x in (squares.sum().sqrt(), squares.sum() / squares.max(), entropy, entropy.exp()))
-
-
-@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
-@pytest.mark.parametrize("groups", [4, 2])
-def test_every_statistic_agrees_with_a_dense_svd(size: float, groups: int) -> None:
-    q, k = weights(groups, seed=1)
-    site, spectra = attention("a", q, k, groups), Spectra(windows=(10,))
-    assert spectra.update(0, [site]) == []
-    q_base, k_base = q.detach().double(), k.detach().double()
-    generator = torch.Generator().manual_seed(2)
+def move(projections: Iterable[Projection], step: int) -> None:
+    """A small update that depends on the step alone."""
+    generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
-        q += size * torch.randn(q.shape, generator=generator) / HIDDEN**0.5
-        rank_1 = torch.randn(k.shape[0], 1, generator=generator) @ torch.randn(1, HIDDEN, generator=generator)
-        k += 0.03 * size * rank_1 / HIDDEN**0.5  # a far smaller and low-rank update beside the full one
-    found = {reading.metric: reading.values for reading in spectra.update(10, [site])}
-    k_map = site.k_weight.head_map
-    for head in range(HEADS):
-        wq, dq = (x.reshape(HEADS, HEAD_DIM, HIDDEN)[head].T for x in (q_base, q.detach().double() - q_base))
-        wk, dk = (x.reshape(groups, HEAD_DIM, HIDDEN)[k_map[head]].T for x in (k_base, k.detach().double() - k_base))
-        expected = {"delta2": dq @ wk.T + wq @ dk.T, "delta3": dq @ dk.T, "dwq": dq, "dwk": dk}
-        for name, matrix in expected.items():
-            got = [found[f"attention/{name}_{statistic}"][head] for statistic in STATISTICS]
-            np.testing.assert_allclose(got, dense(matrix), rtol=1e-3, atol=1e-6)
+        for projection in projections:
+            for p in projection.parameters:
+                p += 1e-3 * torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
-def product(weights: list[torch.Tensor]) -> torch.Tensor:
-    """``[hidden, head dim]`` a head of ``outer [H * h, r]``, a gain ``[r]`` with one added, and ``inner [r, hidden]``."""
-    outer, gain, inner = (w.detach().double() for w in weights)
-    return (outer.reshape(HEADS, HEAD_DIM, -1) @ ((1 + gain[:, None]) * inner)).mT
+def steps(
+    spectra: Spectra, projections: Sequence[Projection], upto: int, start: int = 0
+) -> dict[tuple[int, str, str | None], Array]:
+    """Train and update at every step: values by step, metric and site."""
+    found = {}
+    for step in range(start, upto):
+        move(projections, step)
+        found |= {(step, r.metric, r.site): r.values for r in spectra.update(step, sites_of(projections))}
+    return found
 
 
-@pytest.mark.parametrize("size", [1e-1, 1e-3, 1e-5])
-def test_a_chain_with_gains_agrees_with_the_dense_product(size: float) -> None:
-    """The product is never formed, and its increment is no difference of rounded numbers."""
-    rank, generator = 12, torch.Generator().manual_seed(9)
-    shapes = ((HEADS * HEAD_DIM, rank), (rank,), (rank, HIDDEN))
-    q, k = ([torch.nn.Parameter(torch.randn(s, generator=generator) / s[-1] ** 0.5) for s in shapes] for _ in "qk")
+def held(spectra: Spectra) -> list[int]:
+    return [len(turn.ring) for turn in spectra._turns.values()]
 
-    def chain(weights: list[torch.nn.Parameter]) -> WeightView:
-        outer, gain, inner = weights
-        stages = (
-            Stage(np.arange(HEADS * HEAD_DIM).reshape(HEADS, -1), (0,), tuple(range(HEADS))),
-            Stage(np.arange(rank)[None], (0,), (0,), gains=((np.arange(rank)[None], 1.0),)),
-        )
-        return WeightView(("outer", "inner", "gain"), stages, tuple(weakref.ref(w) for w in (outer, inner, gain)))
 
-    views = {"q_weight": chain(q), "k_weight": chain(k)}
-    torch.testing.assert_close(views["q_weight"].factors(), product(q).float(), rtol=1e-4, atol=1e-5)
-    site, spectra = Site("a", "a", "attention", "test", heads=HEADS, **views), Spectra(windows=(10,))
-    spectra.update(0, [site])
-    base = {role: product(w) for role, w in (("q", q), ("k", k))}
-    with torch.no_grad():
-        for weight in (*q, *k):
-            weight += size * torch.randn(weight.shape, generator=generator)
-    found = {reading.metric: reading.values for reading in spectra.update(10, [site])}
-    for head in range(HEADS):
-        (wq, dq), (wk, dk) = ((base[r][head], product(w)[head] - base[r][head]) for r, w in (("q", q), ("k", k)))
-        expected = {"delta2": dq @ wk.T + wq @ dk.T, "delta3": dq @ dk.T, "dwq": dq, "dwk": dk}
-        for name, matrix in expected.items():
-            got = [found[f"attention/{name}_{statistic}"][head] for statistic in STATISTICS]
-            np.testing.assert_allclose(got, dense(matrix), rtol=1e-6)
+def test_windows_carry_a_suffix_and_wait_for_their_history() -> None:
+    (site,) = some(1)
+    seen: dict[int, set[str]] = {}
+    for step, name, _ in steps(Spectra(windows=(10, 50)), [site], 61):
+        seen.setdefault(step, set()).add(name)
+    assert list(seen) == [10, 20, 30, 40, 50, 60]
+    assert not any("@50" in name for step in (10, 20, 30, 40) for name in seen[step])
+    assert {name for name in seen[50] if "@" in name} == {f"{n}@50" for n in seen[40] if n != UPDATE_RATIO}
+    assert all(metric(name).axis in ("heads", "scalar") for name in seen[60])
+
+
+@pytest.mark.parametrize("count", [1, 7, 23])
+@pytest.mark.parametrize(
+    ("windows", "stride"), [((10, 50), None), ((10,), None), ((4, 6, 10), None), ((50, 10), 10), ((10, 25), 20)]
+)
+def test_no_step_pays_for_all_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch, count: int, windows: tuple[int, ...], stride: int | None
+) -> None:
+    """With a stride of 1 every site is measured at every step: what to compare with."""
+    read: Counter[int] = Counter()
+    spread = Spectra(windows, stride)
+    take = module._factors
+    monkeypatch.setattr(module, "_factors", lambda *args: read.update([spread._last]) or take(*args))
+    found = steps(spread, some(count), 75)
+    monkeypatch.undo()
+    at_once = steps(Spectra(windows, 1), some(count), 75)
+    every = spread.stride
+    bound = math.ceil(count * len(windows) / every) + 1
+    turns: dict[tuple[str, str | None], list[int]] = {}
+    for step, name, site in found:
+        turns.setdefault((name, site), []).append(step)
+    assert max(Counter(step for (name, _), at in turns.items() if name == NORM for step in at).values()) <= bound
+    assert max(read.values()) <= max(bound, len(windows) * math.ceil(count / every))
+    for (name, _), at in turns.items():
+        window = int(name.partition("@")[2] or windows[0])
+        assert np.diff(at).tolist() == [every] * (len(at) - 1)
+        assert window <= at[0] < window + every  # as soon as its turn allows
+    assert turns.keys() == {(name, site) for _, name, site in at_once}
+    for key, values in found.items():
+        np.testing.assert_allclose(values, at_once[key], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("windows", "stride", "copies"),
+    [
+        ((10, 50), None, 5),
+        ((10,), None, 1),
+        ((50,), None, 1),
+        ((10, 25), None, 4),
+        ((10, 50), 50, 2),
+        ((4, 6), None, 3),
+    ],
+)
+def test_no_more_is_kept_than_the_windows_need(windows: tuple[int, ...], stride: int | None, copies: int) -> None:
+    """Between two turns; at its turn a site has one more."""
+    spectra, projections, most = Spectra(windows, stride), some(3), 0
+    for step in range(130):
+        spectra.update(step, sites_of(projections))
+        most = max(most, *held(spectra))
+    assert most == copies
+
+
+def test_weights_of_16_bits_are_kept_in_16_bits() -> None:
+    for dtype, size in ((torch.bfloat16, 2), (torch.float32, 4)):
+        (site,), spectra = some(1), Spectra(windows=(10,))
+        for p in site.parameters:
+            p.data = p.data.to(dtype)
+        spectra.update(0, [site.site])
+        (entry,) = spectra._turns["site0"].ring
+        assert {x.element_size() for x in (entry.factors.q[0], entry.factors.k[0])} == {size}
+
+
+def test_turns_are_on_the_sampled_step_and_right_before_it() -> None:
+    spectra = Spectra(windows=(10,))
+    spectra.update(0, sites_of(projections := some(12)))
+    assert [turn.slot for turn in spectra._turns.values()] == [0, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 9]
+    more = [*projections, separate("late", heads=2, groups=1, d=12, h=3, seed=99)]
+    spectra.update(1, sites_of(more))
+    assert spectra._turns["late"].slot == 8
+
+
+def test_where_steps_go_by_unseen_what_fell_due_is_done_and_ages_stay_exact() -> None:
+    projections, spectra = some(3), Spectra(windows=(10,))
+    norms: dict[int, int] = {}
+    for step in range(61):
+        move(projections, step)
+        if step % 5 == 0 and step != 30:
+            found = [r for r in spectra.update(step, sites_of(projections)) if r.metric == NORM]
+            norms[step] = len(found)
+    # Slots 0, 9 and 8: the last two are due at 9, 8, 19, 18 and done at 10, 20. At 40, the base of 30 is missing.
+    assert norms == {0: 0, 5: 0, 10: 1, 15: 0, 20: 3, 25: 0, 35: 0, 40: 0, 45: 0, 50: 3, 55: 0, 60: 3}
+
+
+def test_sites_that_share_weights_share_a_turn() -> None:
+    one, other = some(2)
+    twin = replace(one.site, id="twin")
+    spectra, sites = Spectra(windows=(10,)), [one.site, twin, other.site]
+    found: dict[str | None, Array] = {}
+    for step in range(20):
+        move([one], step)
+        found |= {r.site: r.values for r in spectra.update(step, sites) if r.metric == NORM}
+    assert held(spectra) == [1, 1]
+    assert found.keys() == {"site0", "twin", "site1"}
+    np.testing.assert_array_equal(found["site0"], found["twin"])
+    assert (found["site1"] == 0).all()
+
+
+def test_a_twin_that_comes_later_and_first_in_order_takes_no_turn_of_its_own() -> None:
+    (one,) = some(1)
+    spectra, twin = Spectra(windows=(10,)), replace(one.site, id="twin")
+    for step in range(10):
+        spectra.update(step, [one.site])
+    assert {r.site for r in spectra.update(10, [twin, one.site])} == {"twin", "site0"}
+    assert list(spectra._turns) == ["site0"]
 
 
 def test_views_that_do_not_meet_are_left_out() -> None:
-    q, k = weights(4, seed=10)
-    site = attention("a", q, k, 4)
-    cut = replace(site, k_weight=site.k_weight.only(range(3)))
-    assert cut.k_weight.factors().shape == (HEADS, HIDDEN, 3)
+    (one,) = some(1)
+    cut = replace(one.site, k_weight=one.site.k_weight.only(range(2)))
     spectra = Spectra(windows=(10,))
-    spectra.update(0, [cut])
-    assert spectra.update(10, [cut]) == []
+    assert all(spectra.update(step, [cut]) == [] for step in range(21))
 
 
-def test_windows_choose_their_base_and_carry_a_suffix() -> None:
-    q, k = weights(4, seed=3)
-    site, spectra = attention("a", q, k, 4), Spectra(windows=(10, 50))
-    seen = {}
-    for step in range(0, 61, 5):
-        with torch.no_grad():
-            q += 0.01
-        seen[step] = {reading.metric: reading.values[0] for reading in spectra.update(step, [site])}
-    assert seen[5] == {}  # no oftener than the shortest window
-    assert "attention/dwq_norm@50" not in seen[40]
-    assert seen[50]["attention/dwq_norm@50"] == pytest.approx(5 * seen[50]["attention/dwq_norm"], rel=1e-4)
-    assert all(metric(name).axis in ("heads", "scalar") for name in seen[60])
-    assert f"{UPDATE_RATIO}@50" not in seen[60]
+def test_a_window_longer_than_the_run_has_no_reading() -> None:
+    found = steps(Spectra(windows=(10, 500)), some(1), 100)
+    assert found
+    assert not any("@" in name for _, name, _ in found)
 
 
-def test_a_weight_that_did_not_move_has_norm_zero_and_no_rank() -> None:
-    q, k = weights(4, seed=4)
-    site, spectra = attention("a", q, k, 4), Spectra(windows=(10,))
-    spectra.update(0, [site])
-    found = {reading.metric: reading.values for reading in spectra.update(10, [site])}
-    for matrix in ("delta2", "delta3", "dwq", "dwk"):
-        assert (found[f"attention/{matrix}_norm"] == 0).all()
-        assert np.isnan(found[f"attention/{matrix}_effective_rank"]).all()
+def test_a_parameter_that_is_freed_gives_up_its_turn_and_memory() -> None:
+    projections, spectra = some(2), Spectra(windows=(10, 50))
+    steps(spectra, projections, 75)
+    sites = sites_of(projections)
+    del projections[0]
+    gc.collect()
+    found = [r.site for step in range(75, 95) for r in spectra.update(step, sites)]
+    assert set(found) == {"site1"}
+    assert list(spectra._turns) == ["site1"]
 
 
-def test_sites_that_share_weights_share_a_snapshot_and_layers_of_one_shape_are_one_batch() -> None:
-    q, k = weights(4, seed=5)
-    other_q, other_k = weights(4, seed=6)
-    sites = [attention("a", q, k, 4), attention("twin", q, k, 4), attention("b", other_q, other_k, 4)]
+def test_a_parameter_that_is_replaced_is_another_site_and_takes_the_free_turn() -> None:
+    projections, spectra = some(3), Spectra(windows=(10,))
+    steps(spectra, projections, 15)
+    sites = sites_of(projections)
+    projections[1] = separate("new", heads=2, groups=1, d=12, h=3, seed=50)
+    gc.collect()
+    sites.append(projections[1].site)
+    found: dict[int, set[str | None]] = {}
+    for step in range(15, 50):
+        found[step] = {r.site for r in spectra.update(step, sites)}
+    assert spectra._turns["new"].slot == 9
+    assert found[20] == {"site0"}
+    assert found[28] == {"site2"}
+    assert found[29] == {"new"}
+    assert not any("site1" in of for of in found.values())
+
+
+@pytest.mark.parametrize("layout", ["heads of their own", "fused", "latent chains", "norm gains"])
+def test_a_model_that_is_cast_in_mid_run_begins_anew(layout: str) -> None:
+    """What the cast rounds away is no update."""
+    projection, spectra = LAYOUTS[layout](), Spectra(windows=(10,))
+    steps(spectra, [projection], 15)
+    for p in projection.parameters:
+        p.data = p.data.bfloat16()
+    found = steps(spectra, [projection], 41, start=15)
+    assert {step for step, _, _ in found} == {30, 40}
+
+
+def test_weights_of_another_shape_begin_anew() -> None:
+    (one,) = some(1)
     spectra = Spectra(windows=(10,))
-    spectra.update(0, sites)
-    assert [len(taken) for _, taken in spectra._ring] == [2]
-    with torch.no_grad():
-        q += 0.1
-    norms = {r.site: r.values for r in spectra.update(10, sites) if r.metric == "attention/delta2_norm"}
-    assert norms.keys() == {"a", "twin", "b"}
-    np.testing.assert_array_equal(norms["a"], norms["twin"])
-    assert (norms["b"] == 0).all()
+    steps(spectra, [one], 15)
+    q, k = (torch.nn.Parameter(torch.randn(n, 20)) for n in (6, 3))
+    for old, new in zip(one.parameters, (q, k), strict=True):
+        old.data = new.data
+    assert {step for step, _, _ in steps(spectra, [one], 41, start=15)} == {30, 40}
 
 
-def test_a_resumed_ring_goes_on_without_a_gap_and_autograd_is_untouched() -> None:
-    q, k = weights(4, seed=7)
-    site, first = attention("a", q, k, 4), Spectra(windows=(10,))
-    first.update(0, [site])
+@pytest.mark.parametrize("stop", [0, 7, 10, 11, 19, 23, 30, 38])
+def test_a_run_that_is_saved_and_loaded_goes_on_as_if_never_stopped(stop: int) -> None:
+    windows, count, end = (10, 25), 13, 70
+    whole = steps(Spectra(windows), some(count), end)
+    projections, first = some(count), Spectra(windows)
+    before = steps(first, projections, stop)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    del first
+    second = Spectra(windows)
+    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    after = before | steps(second, projections, end, start=stop)
+    assert after.keys() == whole.keys()
+    for key, values in whole.items():
+        np.testing.assert_array_equal(after[key], values)
+
+
+def test_after_a_resume_the_turn_of_a_site_waits_for_it_as_long_as_its_snapshots_last() -> None:
+    projections, first = some(3), Spectra(windows=(10,))
+    steps(first, projections, 12)
     second = Spectra(windows=(10,))
     second.load_state_dict(first.state_dict())
-    with torch.no_grad():
-        k += 0.1
-    for left, right in zip(first.update(10, [site]), second.update(10, [site]), strict=True):
-        np.testing.assert_array_equal(left.values, right.values)
-    assert q.grad is None
-    assert q.requires_grad
-    assert not any(x.requires_grad for _, taken in second._ring for f in taken.values() for x in f.q)
+    assert [r.site for r in second.update(12, sites_of(projections[:1]))] == []
+    found = {r.site for step in range(13, 21) for r in second.update(step, sites_of(projections))}
+    assert found == {"site0", "site1", "site2"}
+
+
+def test_reading_leaves_autograd_alone() -> None:
+    (one,) = some(1)
+    spectra = Spectra(windows=(10,))
+    steps(spectra, [one], 11)
+    assert all(p.requires_grad and p.grad is None for p in one.parameters)
+    assert not any(
+        x.requires_grad for t in spectra._turns.values() for e in t.ring for x in (*e.factors.q, *e.factors.k)
+    )
+
+
+def test_what_is_read_may_stand_elsewhere() -> None:
+    """A reader gives masters in the parameters' place."""
+    (narrow,), (wide,) = some(1), some(1)
+    masters = {id(p): master for p, master in zip(narrow.parameters, wide.parameters, strict=True)}
+    for p in narrow.parameters:
+        p.data = p.data.bfloat16()
+    through, directly = Spectra(windows=(10,), read=lambda p: masters[id(p)]), Spectra(windows=(10,))
+    for step in range(11):
+        move([wide], step)
+        found, wanted = (s.update(step, [of.site]) for s, of in ((through, narrow), (directly, wide)))
+    assert wanted
+    for got, expected in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(got.values, expected.values)
 
 
 def test_router_weights_match_brute_force() -> None:
@@ -199,4 +317,5 @@ def test_a_dead_router_row_gives_no_similarity_rather_than_an_error() -> None:
 
 
 def router(weight: torch.Tensor) -> Site:
-    return Site("r", "r", "router", "test", experts=weight.shape[0], top_k=2, weight=view(weight, 1, (0,)))
+    rows_of = view([weight], Stage(rows(0, 1, weight.shape[0]), (0,), (0,)))
+    return Site("r", "r", "router", "test", experts=weight.shape[0], top_k=2, weight=rows_of)
