@@ -12,9 +12,11 @@ import difflib
 from dataclasses import dataclass
 
 from foreshock.errors import ConfigError
+from foreshock.monitors import second_tier
 
 STATISTICS = ("norm", "stable_rank", "entropy", "effective_rank")
 FAMILIES = {"law": "laws", "attention": "attention", "router": "router", "optim": "optim", "run": "run"}
+FAMILIES |= second_tier.KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,7 @@ METRICS: tuple[Metric, ...] = (
     *_rows("run",
         ("loss", "the training loss, when logged", "", "scalar", "mean", "the training loop", "The last thing to move."),
     ),
+    *(entry for kind, rows in second_tier.ROWS.items() for entry in _rows(kind, *rows)),
 )
 # fmt: on
 
@@ -208,7 +211,8 @@ def metric(name: str) -> Metric:
 
 
 def family(name: str) -> str:
-    """Which group a metric is shown in: laws, attention, spectra, router, optim or run; an own metric in that of its kind."""
+    """Which group a metric is shown in: laws, attention, spectra, router, optim, run or one of the second tier; an own metric in
+    that of its kind."""
     entry = metric(name)
     kind = entry.name.partition("/")[0]
     return "spectra" if entry.name.startswith(_SPECTRA) else FAMILIES.get(kind, kind)
