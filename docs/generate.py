@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from foreshock.config import SECOND_TIER
 from foreshock.monitors.metrics import AXES, COSTS, MERGES, METRICS, SOURCES, Metric, family
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- from the registry, by `make docs` -->", "<!-- end of what `make docs` writes -->"
 FAMILIES = tuple(dict.fromkeys(family(metric.name) for metric in METRICS))
 TITLES = {"laws": "**laws** ([docs/laws.md](docs/laws.md))", "spectra": "spectra of W_q W_k^T"}
-BASELINES = {"laws": "no"}  # of any other family its own past
+BASELINES = {"laws": "no", **dict.fromkeys(SECOND_TIER, "recorded, not judged")}  # of any other family its own past
 WHERE = {
     "free": "other readings, settings",
     "cheap": "forward pass",

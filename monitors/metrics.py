@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from foreshock.errors import ConfigError
+from foreshock.monitors import second_tier
 
 STATISTICS = ("norm", "stable_rank", "entropy", "effective_rank")
 FAMILIES = {"law": "laws", "attention": "attention", "router": "router", "optim": "optim", "run": "run"}
+FAMILIES |= second_tier.KINDS
 
 SOURCES: Mapping[str, str] = {
     "[P]": "arXiv 2606.28116",
@@ -25,6 +27,7 @@ SOURCES: Mapping[str, str] = {
     "[B]": "arXiv 2408.15664",
     "[K]": "Kimi K2 report",
     "[A]": "the algebra of softmax, docs/laws.md",
+    **second_tier.SOURCES,
 }
 AXES: Mapping[str, str] = {
     "scalar": "one number",
@@ -32,6 +35,7 @@ AXES: Mapping[str, str] = {
     "kv_heads": "one number a key or value head",
     "experts": "one number an expert",
     "q,k,v,out": "four numbers, of q, k, v and out (three where the output has no tensor of its own)",
+    **second_tier.AXES,
 }
 MERGES: Mapping[str, str] = {
     "sum": "added up",
@@ -245,6 +249,7 @@ METRICS: tuple[Metric, ...] = (
     *_rows("run", "free",
         ("loss", "the training loss, when logged", "", "scalar", "mean", "the training loop", "The last thing to move."),
     ),
+    *(entry for kind, rows in second_tier.ROWS.items() for entry in _rows(kind, second_tier.COSTS[kind], *rows)),
 )
 # fmt: on
 
@@ -279,7 +284,8 @@ def metric(name: str) -> Metric:
 
 
 def family(name: str) -> str:
-    """Which group a metric is shown in: laws, attention, spectra, router, optim or run; an own metric in that of its kind."""
+    """Which group a metric is shown in: laws, attention, spectra, router, optim, run or one of the second tier; an own metric in
+    that of its kind."""
     entry = metric(name)
     kind = entry.name.partition("/")[0]
     return "spectra" if entry.name.startswith(_SPECTRA) else FAMILIES.get(kind, kind)

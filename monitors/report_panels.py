@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from foreshock.errors import ConfigError
-from foreshock.monitors import metrics
+from foreshock.monitors import metrics, second_tier
 from foreshock.monitors import report_figures as figures
 from foreshock.records import Alarm, Site
 
 if TYPE_CHECKING:
     from foreshock.reader import Run
 
-FAMILIES = ("laws", "attention", "spectra", "router", "optim", "run", "other")
+FAMILIES = ("laws", "attention", "spectra", "router", "optim", "run", *second_tier.KINDS.values(), "other")
 SKIPPED = {"run/loss", "law/bias_num", "law/bias_den"}  # drawn by itself, and two halves of law/bias
 # One heatmap for each line that the run has a metric of; the first that exists is taken.
 KEY_METRICS = (

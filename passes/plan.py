@@ -114,6 +114,8 @@ class Plan:
             except Exception as error:
                 self.fail(f"{of}probe `{probe.name}` at {site.label}", error)
                 continue
+            if not sizes:
+                continue  # it has nothing to say of such a site
             name = f"{probe.kind}/{probe.name}/{part}:{getattr(function, '__qualname__', '')}:{version(function)}"
             what = f"{of or 'running '}probe `{probe.name}`"
             register_statistics(name, function, self.report and functools.partial(self.report, what))

@@ -86,7 +86,8 @@ def _in_one(
             if not matches and (not isinstance(missed, Miss) or missed.quiet):
                 missed = found[0]
         if not candidates and _is_opaque(node):
-            missed = described_by_schema(view, node) or _undescribed(node)
+            missed = described_by_schema(view, node)
+            missed = _undescribed(node) if isinstance(missed, Miss) and missed.quiet else missed
         if not candidates and op(node).startswith("higher_order::"):
             missed = _closed(node, table)
         if missed is not None:

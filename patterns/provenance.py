@@ -282,5 +282,10 @@ def weight_view(view: GraphView, origin: Origin | Untraced) -> WeightView | None
     )
 
 
+def weight_of(view: GraphView, parameter: Node, stage: Stage) -> WeightView:
+    """The `WeightView` of one placeholder that is read as ``stage`` says, bound to the live parameter."""
+    return WeightView((view.names[parameter],), (stage,), (_reference(view.parameters[parameter]),))
+
+
 def _reference(held: Any) -> weakref.ref[torch.Tensor] | None:
     return weakref.ref(held) if isinstance(held, torch.Tensor) else None

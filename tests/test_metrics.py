@@ -18,6 +18,7 @@ from foreshock import Watch
 from foreshock.errors import ConfigError
 from foreshock.monitors import METRICS, Metric, metric, register_metrics
 from foreshock.monitors.metrics import AXES, COSTS, MERGES, SOURCES
+from foreshock.monitors.second_tier import DTYPES
 
 ROOT = Path(__file__).parents[1]
 WIDTH, HEADS, KV_HEADS, EXPERTS, TOP_K, TOKENS = 16, 4, 2, 6, 2, 32
@@ -83,9 +84,9 @@ def watch() -> Iterator[Watch]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Model()
-    with Watch(every=1, inner="eager", strict=True, windows=(1, 2)).bind(model) as watch:
+    with Watch(every=1, inner="eager", strict=True, windows=(1, 2), monitors="all").bind(model) as watch:
         compiled = torch.compile(model, backend=watch.backend)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         for _ in range(10):
             loss = compiled(torch.randn(2, TOKENS // 2, WIDTH)).square().mean()
             loss.backward()
@@ -102,12 +103,16 @@ def test_what_is_recorded_is_what_is_defined(watch: Watch) -> None:
 
 
 def test_values_run_over_what_the_registry_says(watch: Watch) -> None:
-    sizes = {"scalar": 1, "heads": HEADS, "kv_heads": KV_HEADS, "experts": EXPERTS, "q,k,v,out": 4}
+    sizes = {"scalar": 1, "heads": HEADS, "kv_heads": KV_HEADS, "experts": EXPERTS, "q,k,v,out": 4, "largest first": 5}
+    kinds = {site.id: site.kind for site in watch.sites}
     for name in watch.metrics():
         for site in watch.collector.store.sites_of(name):
             values = watch.series(name, site)[1]
             width = 1 if values.ndim == 1 else values.shape[1]
-            assert width == sizes[metric(name).axis], name
+            axis, each = metric(name).axis, (4, 2) if kinds.get(site) == "attention" else (1, 1)
+            tensors = each[0] * (len(DTYPES) if ", each by" in axis else 1)
+            of_kind = each[1] if axis == "q,k or router" else tensors
+            assert width == sizes.get(axis, of_kind), name
             assert np.isfinite(values[-1]).all(), name
 
 

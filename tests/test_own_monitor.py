@@ -252,4 +252,4 @@ def test_the_example_prints(example: ModuleType, runs: dict[bool, Watch], capsys
     example.show(runs[True])
     printed = capsys.readouterr().out
     assert "law/value_euler" in printed
-    assert "unknown at attend_default" in printed
+    assert "unknown at Model" in printed

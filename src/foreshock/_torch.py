@@ -146,6 +146,13 @@ def on_optimizer_step(hook: Callable[..., None]) -> Any:
     return register_optimizer_step_post_hook(hook)
 
 
+def before_optimizer_step(hook: Callable[..., None]) -> Any:
+    """Call ``hook(optimizer, args, kwargs)`` before every step of every optimizer; returns a handle with ``remove()``."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    return register_optimizer_step_pre_hook(hook)
+
+
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass. Checked on 2.13."""
     return bool(torch._C._current_graph_task_id() != -1)

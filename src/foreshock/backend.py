@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from foreshock.instances import Held, Instance
 from foreshock.passes import Plan, SitePlan, copy_graph, expand, instrument, untappable
 from foreshock.patterns import Findings, GraphView, Match, find
 from foreshock.patterns.boundary import without_gradients
+from foreshock.patterns.experts import with_experts
 from foreshock.patterns.graph import module_of
+from foreshock.patterns.stream import with_stream
 from foreshock.records import Facts
 from foreshock.runtime import Compiled, WatchedGraph
 
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from foreshock.watch import Watch
 
 
+_AROUND: Mapping[str, Callable[[Sequence[Match]], Sequence[Match]]] = {
+    "residual": lambda matches: [with_stream(match) for match in matches],
+    "experts": with_experts,
+}
 MOST_WEIGHT_SETS = 4096  # of one graph; where parameters are new objects each step they would pile up
 
 
@@ -62,14 +68,13 @@ class Backend:
         watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
         findings = find(view, watch.patterns)
         _note(watch, findings)
+        matches = _with_families(watch, findings.matches)
         watch.note_fallbacks()
         if watch.on_match is not None:
-            for match in findings.matches:
+            for match in matches:
                 watch.on_match(view, match)
         training = torch.is_grad_enabled() and not any(x.is_meta for x in inputs if isinstance(x, torch.Tensor))
-        sites = [
-            site for site in (self._site(i, match) for i, match in enumerate(findings.matches)) if site is not None
-        ]
+        sites = [site for site in (self._site(i, match) for i, match in enumerate(matches)) if site is not None]
         if not sites:
             return None
         for index, site in enumerate(sites):
@@ -179,6 +184,17 @@ def _facts(match: Match, rows: int) -> Facts:
     known = seen and match.facts.get("scale") is not None
     readable = "logits" in match.roles or (known and match.facts.get("recompute", True))
     return {**facts, "rows": rows if match.kind != "attention" or readable else 0}
+
+
+def _with_families(watch: Watch, matches: Sequence[Match]) -> Sequence[Match]:
+    """``matches`` with what the second tier's families look for around a site; a search that fails leaves them as they are."""
+    for family, look in _AROUND.items():
+        if family in watch.families:
+            try:
+                matches = look(matches)
+            except Exception as error:
+                watch.fail(f"looking around the sites for `{family}`", error)
+    return matches
 
 
 def _note(watch: Watch, findings: Findings) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,7 +13,7 @@ from foreshock.config import FAMILIES
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.instances import Instance, Instances
 from foreshock.monitors.metrics import family
-from foreshock.records import Alarm, Array, Coverage, Reading
+from foreshock.records import Alarm, Array, Coverage, Reading, Site
 from foreshock.runtime import Merged, Sample
 
 # A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
@@ -42,19 +42,21 @@ class Collector:
         instances: Instances,
         store: Store,
         *,
-        families: Sequence[str] | None,
+        families: Collection[str],
         derived: Sequence[Any],
         weights: Sequence[Any],
         each_step: Sequence[Any] = (),
+        steps: Sequence[Any] = (),
         judge: Any,
         sinks: Sequence[Any],
         on_alarm: Callable[[Alarm], None],
         fail: Fail,
     ) -> None:
         self.instances, self.store = instances, store
-        self.families = None if families is None else {*families, "run"}
-        self.derived, self.weights, self.sinks = list(derived), list(weights), list(sinks)
+        self.families = {*families, "run"}
+        self.derived, self.weights, self.sinks = list(derived), [*weights, *steps], list(sinks)
         self.each_step = list(each_step)
+        self.steps = list(steps)  # those that read what stands only around an optimizer step
         self.judge = judge
         self.on_alarm, self.fail = on_alarm, fail
         self.alarms: list[Alarm] = []
@@ -84,8 +86,15 @@ class Collector:
         """A number of the user's own, kept as it is until the step is over: a device tensor is not waited for."""
         self._scalars.append((step, name, value.detach() if isinstance(value, torch.Tensor) else value))
 
+    def before_optimizer(self, optimizer: Any) -> None:
+        """``optimizer`` is about to make a sampled step."""
+        for monitor in self.steps:
+            self._guarded(f"monitor {type(monitor).__name__}", monitor.before, optimizer, self._sites())
+
     def optimizer(self, step: int, optimizer: Any) -> None:
         """``optimizer`` made a sampled step: its learning rates and the norms of its gradients, still on the device."""
+        for monitor in self.steps:
+            self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
         found = self._optimizer.setdefault(step, {"lr": [], "norms": []})
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         dense = [g for g in gradients if g.layout is torch.strided and type(g) in (torch.Tensor, torch.nn.Parameter)]
@@ -161,7 +170,7 @@ class Collector:
         for instance, quantities in merged.items():
             readings += self._finished(instance, quantities)
         readings += self._optimizer_readings(step)
-        sites = [instance.site for instance in self.instances]
+        sites = self._sites()
         for monitor in self.weights:
             name = type(monitor).__name__
             readings += self._guarded(f"monitor {name}", monitor.update, step, sites) or []
@@ -190,9 +199,10 @@ class Collector:
             if not instance.laws.get(name.removesuffix("_num").removesuffix("_den"))
         ]
 
+    def _sites(self) -> list[Site]:
+        return [instance.site for instance in self.instances]
+
     def _wanted(self, metric: str) -> bool:
-        if self.families is None:
-            return True
         try:
             return family(metric) in self.families or family(metric) not in FAMILIES  # of a user's own kind of site
         except ForeshockError:

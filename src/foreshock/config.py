@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from dataclasses import replace as copy
 from pathlib import Path
@@ -17,14 +17,17 @@ from typing import Any
 from foreshock.errors import ConfigError
 from foreshock.series import nearest
 
-FAMILIES = ("laws", "attention", "router", "spectra", "optim")
+FIRST_TIER = ("laws", "attention", "router", "spectra", "optim")
+SECOND_TIER = ("activations", "residual", "gradients", "adam", "updates", "experts")
+FAMILIES = (*FIRST_TIER, *SECOND_TIER)
+GROUPS = {"default": FIRST_TIER, "all": FAMILIES}
 ON_ALARM = ("warn", "raise", "stop")
 PREFIX = "FORESHOCK_"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to watch and how often. ``monitors=None`` is all families; ``windows`` are steps, for the weight spectra."""
+    """What to watch and how often. ``monitors=None`` is the first tier; ``windows`` are steps, for the weight spectra."""
 
     run: str | None = None
     every: int = 10
@@ -42,6 +45,12 @@ class Settings:
 
 
 TYPES = {field.name: str(field.type) for field in fields(Settings)}
+
+
+def families(monitors: Iterable[str] | None) -> frozenset[str]:
+    """The metric families that ``monitors`` names, "default" (the first tier) and "all" written out; None is the first tier."""
+    named = ("default",) if monitors is None else monitors
+    return frozenset(family for name in named for family in GROUPS.get(name, (name,)))
 
 
 def load_settings(start: Path | None = None) -> Settings:
@@ -123,6 +132,7 @@ def _problem(key: str, value: Any) -> str:
     if key == "on_alarm" and value not in ON_ALARM:
         return f"must be one of {', '.join(ON_ALARM)}, got {value!r}{nearest(value, ON_ALARM)}"
     for family in value or () if key == "monitors" else ():
-        if family not in FAMILIES:
-            return f"names {family!r}{nearest(family, FAMILIES)}; there are {', '.join(FAMILIES)}"
+        if family not in FAMILIES and family not in GROUPS:
+            known = (*FAMILIES, *GROUPS)
+            return f"names {family!r}{nearest(family, known)}; there are {', '.join(known)}"
     return ""

@@ -12,6 +12,7 @@ import torch
 
 from foreshock.patterns import Match
 from foreshock.patterns.boundary import NO_GRADIENT
+from foreshock.patterns.experts import ROLE as EXPERTS
 from foreshock.patterns.pattern import line_of
 from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView, met
 
@@ -109,7 +110,7 @@ class Instances:
     ) -> Instance:
         weights = met({role: self._rebind(view, held[role]) for role, view in match.weights.items()})
         model = "" if match.view is None else match.view.model
-        paths = [view.names[0].split(".")[:-1] for view in weights.values()]
+        paths = [view.names[0].split(".")[:-1] for role, view in weights.items() if not role.startswith(EXPERTS)]
         moved = any(view.resolve() is not match.weights[role].resolve() for role, view in weights.items())
         if paths:
             shared = ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, zip(*paths, strict=False)))

@@ -16,14 +16,15 @@ from foreshock import _torch
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
-from foreshock.config import Settings, load_settings
+from foreshock.config import Settings, families, load_settings
 from foreshock.errors import AlarmRaised, ConfigError
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.masters import Masters
 from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
-from foreshock.monitors.attention_probe import ATTENTION
-from foreshock.monitors.router_probe import ROUTER
+from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
+from foreshock.monitors.step_monitor import StepMonitor
+from foreshock.monitors.tiers import probes as built_in
 from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
@@ -43,8 +44,8 @@ class Watch:
         every: sample one optimizer step in ``every`` (1: every forward pass). Unsampled steps run the plain graph.
         inner: the compiler behind foreshock: a Dynamo backend's name, or the callable itself.
         patterns: more `Pattern`s, for this watch alone.
-        monitors: metric families to record (laws, attention, router, spectra, optim), and objects with
-            ``update(step, sites) -> list[Reading]``; None is all families.
+        monitors: metric families to record (docs/families.md), by name or "default" and "all", and objects with
+            ``update(step, sites) -> list[Reading]``; None is the first tier, "default".
         detectors: more objects with ``update(step, readings, sites) -> list[Finding]``, beside the built-in ones.
         baseline: run folders of healthy references.
         on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), or a callable taking the `Alarm`.
@@ -63,7 +64,7 @@ class Watch:
         every: int | None = None,
         inner: str | Callable[..., Any] | None = None,
         patterns: Sequence[Pattern] | None = None,
-        monitors: Sequence[Any] | None = None,
+        monitors: str | Sequence[Any] | None = None,
         detectors: Sequence[Any] | None = None,
         baseline: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         on_alarm: str | Callable[[Alarm], None] | None = None,
@@ -74,13 +75,14 @@ class Watch:
         probes: Sequence[Probe] = (),
         settings: Settings | None = None,
     ) -> None:
-        families = None if monitors is None else [m for m in monitors if isinstance(m, str)]
+        monitors = [monitors] if isinstance(monitors, str) else list(monitors or ())
+        named = tuple(m for m in monitors if isinstance(m, str))
         single = isinstance(baseline, str | os.PathLike)
         given = {
             "run": None if run is None else os.fspath(run),
             "every": every,
             "inner": inner if isinstance(inner, str) else None,
-            "monitors": tuple(families) if families else None,
+            "monitors": named or None,
             "baseline": None if baseline is None else tuple(map(os.fspath, [baseline] if single else baseline)),  # type: ignore[arg-type]
             "on_alarm": on_alarm if isinstance(on_alarm, str) else None,
             "strict": strict,
@@ -96,7 +98,8 @@ class Watch:
         self.clock = StepClock()
         self.stop_requested = False
         self.on_match: Callable[[GraphView, Match], None] | None = None  # called with every match of a capture
-        self._probes = {(probe.kind, probe.name): probe for probe in (ATTENTION, ROUTER, *probes)}
+        self.families = families(self.settings.monitors)
+        self._probes = {(probe.kind, probe.name): probe for probe in (*built_in(self.families), *probes)}
         self._act = on_alarm if callable(on_alarm) else self.settings.on_alarm
         self._reported: dict[str, str] = {}
         self._unmatched: dict[str, None] = {}
@@ -107,9 +110,10 @@ class Watch:
         self.rewriting_seconds = 0.0
         store: Store = MemoryStore() if self.settings.run is None else RunStore(_of_this_rank(self.settings.run))
         references = [open_run(path) for path in self.settings.baseline]
-        own = [m for m in monitors or () if not isinstance(m, str)]
+        own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
         stride = max(min(self.settings.windows), self.settings.every)
+        steps = [StepMonitor(self.families)] if self.families & AROUND_STEPS else []
         self._state: dict[str, Any] = {
             "bias": BiasLaw(),
             "spectra": Spectra(self.settings.windows, stride, self.masters.read),
@@ -118,16 +122,18 @@ class Watch:
         self.collector = Collector(
             self.instances,
             store,
-            families=self.settings.monitors,
+            families=self.families,
             derived=[self._state["bias"]],
-            weights=[*([self._state["router"]] if self._keeps("router") else []), *own],
-            each_step=[self._state["spectra"]] if self._keeps("spectra") else [],
+            weights=[*([self._state["router"]] if "router" in self.families else []), *own],
+            each_step=[self._state["spectra"]] if "spectra" in self.families else [],
+            steps=steps,
             judge=Judge(references, detectors=detectors or (), on_error=self.fail),
             sinks=[ConsoleSink(), *sinks],
             on_alarm=self._on_alarm,
             fail=self.fail,
         )
-        self._hook = _torch.on_optimizer_step(self._after_optimizer_step)
+        self._hooks = [_torch.on_optimizer_step(self._after_optimizer_step)]
+        self._hooks += [_torch.before_optimizer_step(self._before_optimizer_step)] if steps else []
         atexit.register(self.close)
 
     # -- what the user asks ------------------------------------------------------------------------------------------
@@ -211,7 +217,8 @@ class Watch:
             self.flush()
         finally:
             self._closed = True
-            self._hook.remove()
+            for hook in self._hooks:
+                hook.remove()
             atexit.unregister(self.close)
             for sink in self.collector.sinks:
                 self._close(f"sink {type(sink).__name__}", sink)
@@ -302,13 +309,18 @@ class Watch:
         told = {i: (NEVER_TRAINED,) if i in untrained else self.masters.notes(i.site) for i in self.instances}
         return tuple(instance.status(more) for instance, more in told.items())
 
-    def _keeps(self, family: str) -> bool:
-        return self.settings.monitors is None or family in self.settings.monitors
-
     def _catch_up(self) -> None:
         self._finished = self.clock.step
         self.collector.weigh(self.clock.step - 1)
         self.collector.finish(self.clock.step)
+
+    def _before_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        try:
+            concerned = self.clock.concerns(optimizer, self.instances.parameter_ids)
+            if concerned and self.is_sampled(self.clock.forward_step):
+                self.collector.before_optimizer(optimizer)
+        except Exception as error:
+            self.fail("reading the optimizer", error)
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.masters.met(optimizer)

@@ -124,7 +124,7 @@ GIVEN = {
     (lambda padding: lower() & padding[:, None, None].bool()): (True, True, False),
     (lambda padding: torch.ones(B, 1, S, S, dtype=torch.bool)): (False, False, True),
     (lambda padding: lower() & (LAST[None] < 0)): (True, True, False),
-    (lambda padding: padding[:, None, None].bool()): (False, True, False),
+    (lambda padding: padding[:, None, None].bool()): (None, True, False),
 }
 
 
