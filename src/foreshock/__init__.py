@@ -5,7 +5,8 @@ from __future__ import annotations
 from foreshock.errors import AlarmRaised, ConfigError, ForeshockError, PatternError, RunError
 from foreshock.reader import Run, open_run
 from foreshock.records import Alarm, Coverage, Probe, Reading, Site, SiteStatus, WeightView
-from foreshock.watch import Watch, default_watch, instrumented, sites
+from foreshock.survey import sites
+from foreshock.watch import Watch, default_watch, instrumented
 
 __version__ = "0.1.0"
 

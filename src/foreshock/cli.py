@@ -95,6 +95,7 @@ def sites(
     from foreshock.models import is_model, survey
     from foreshock.records import Coverage
     from foreshock.run import launch
+    from foreshock.watch import NEVER_TRAINED
 
     drawings = Drawings()
     prepare = drawings.watch if draw is not None else lambda watch: None
@@ -106,6 +107,9 @@ def sites(
             outcome = launch(target, args or [], prepare=prepare)
             nothing = Coverage(warnings=(outcome.summary()[0],))
             coverage, code = outcome.watch.coverage if outcome.watch is not None else nothing, outcome.code
+            coverage = coverage.without(
+                NEVER_TRAINED
+            )  # a script of a step or two: whether one was sampled says nothing
     if as_json:
         _print_json(coverage.to_json())
     else:

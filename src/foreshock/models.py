@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-from foreshock import _torch, watch
+from foreshock import _torch
 from foreshock.errors import ConfigError
 from foreshock.records import Coverage
+from foreshock.survey import survey as model_survey
+from foreshock.watch import Watch
 
 BATCH, LENGTH = 2, 16
 FRAMES, SAMPLES = 100, 16_000  # of audio, where a config does not say
@@ -55,7 +57,7 @@ def examples(target: str, args: Sequence[str] = ()) -> Sequence[Callable[[], Exa
     return [lambda: _called(target, args)]
 
 
-def survey(target: str, args: Sequence[str], prepare: Callable[[watch.Watch], None]) -> Coverage:
+def survey(target: str, args: Sequence[str], prepare: Callable[[Watch], None]) -> Coverage:
     """The ledger of one forward pass of the model that ``target`` names. Raises `ConfigError` if there is no way to run it."""
     failures: list[Exception] = []
     for example in examples(target, args):
@@ -63,7 +65,7 @@ def survey(target: str, args: Sequence[str], prepare: Callable[[watch.Watch], No
         try:
             found = example()
             with _torch.constants_allowed() if found.is_meta() else nullcontext():
-                return watch.survey(found.module, found.args, found.kwargs, prepare)
+                return model_survey(found.module, found.args, found.kwargs, prepare)
         except ConfigError as error:
             failures.insert(0, error)
         except Exception as error:

@@ -348,6 +348,11 @@ class Coverage:
     def __len__(self) -> int:
         return len(self.statuses)
 
+    def without(self, note: str) -> Coverage:
+        """The same ledger, without that note at its sites."""
+        kept = (replace(s, notes=tuple(told for told in s.notes if told != note)) for s in self.statuses)
+        return replace(self, statuses=tuple(kept))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "statuses": [status.to_json() for status in self.statuses],

@@ -17,7 +17,7 @@ from foreshock.backend import Backend
 from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
 from foreshock.config import Settings, families, load_settings
-from foreshock.errors import AlarmRaised, ConfigError
+from foreshock.errors import AlarmRaised
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.masters import Masters
@@ -369,40 +369,3 @@ def instrumented(gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **opti
     ``mode`` and ``options`` of `torch.compile` go to the inner compiler. Raises `ConfigError` for a bad configuration.
     """
     return default_watch().backend(gm, example_inputs, **options)
-
-
-class _Survey(Watch):
-    """Captures and counts, and never samples."""
-
-    def is_sampled(self, step: int) -> bool:
-        return False
-
-    def _catch_up(self) -> None:
-        """Nothing was sampled."""
-
-    def _statuses(self) -> tuple[SiteStatus, ...]:
-        return tuple(instance.status() for instance in self.instances)
-
-
-def sites(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Coverage:
-    """Capture one forward pass of ``model`` and say what would be watched; nothing is trained or written."""
-    if not callable(model):
-        raise ConfigError(
-            f"looking for sites: received {type(model).__name__}; give a module and its forward arguments"
-        )
-    return survey(model, args, kwargs)
-
-
-def survey(
-    model: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    prepare: Callable[[Watch], None] = lambda watch: None,
-) -> Coverage:
-    """As `sites`; ``prepare(watch)`` is called before anything is captured."""
-    with _Survey(settings=Settings(), inner="eager") as watch:
-        prepare(watch)
-        if isinstance(model, torch.nn.Module):
-            watch.bind(model)
-        torch.compile(model, backend=watch.backend)(*args, **kwargs)
-        return watch.coverage
