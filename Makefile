@@ -9,11 +9,14 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/foreshock demo
 
+# Files run side by side, each in one process with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 # mypy does not see an editable install, so it is shown a plain copy of the packages.
 lint: $(READY)
