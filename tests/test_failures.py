@@ -123,17 +123,17 @@ def _inner_that_fails_later(module, inputs):
 
 
 def _probe(**changes) -> dict[str, tuple[Probe]]:
-    return {"probes": (replace(ATTENTION, name="broken", **changes),)}
+    return {"probes": (replace(ATTENTION, **changes),)}
 
 
 SDPA = frozenset({"scaled_dot_product_attention"})
 # cause -> (options of the watch, what the warning begins with, what of the probe is still recorded)
 CAUSES = {
     "pattern": (lambda: {"patterns": [Pattern("mine", SDPA, _boom)]}, "pattern `mine`", True),
-    "forward probe": (lambda: _probe(forward=_boom), "probe `broken`", None),
-    "gradient probe": (lambda: _probe(backward=_boom), "gradient tap", True),
+    "forward probe": (lambda: _probe(forward=_boom), "probe `attention`", None),
+    "gradient probe": (lambda: _probe(backward=_boom), "gradient statistics of probe `attention`", True),
     "gradient probe at run time": (lambda: _probe(backward=_boom_at_run_time), "gradient statistics", True),
-    "finishing a probe": (lambda: _probe(finish=_boom), "probe `broken`", False),
+    "finishing a probe": (lambda: _probe(finish=_boom), "probe `attention`", False),
     "monitor": (lambda: {"monitors": [_Broken("update")]}, "monitor _Broken", True),
     "detector": (lambda: {"detectors": [_Broken("update")]}, "detector _Broken", True),
     "sink": (lambda: {"sinks": [_Broken("readings")]}, "sink _Broken", True),

@@ -153,11 +153,12 @@ class Backend:
             known = cache.get(key)
             if known is not None and all(instance.is_live() for instance in known):
                 return known
-            found = []
+            found: list[Instance] = []
+            beside: dict[Any, list[set[str]]] = {}
             instances.parameter_ids.update(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))
             for site, roles in zip(sites, where, strict=True):
                 held: Held = {role: tuple(args[i] for i in indices) for role, indices in roles.items()}
-                found.append(instances.resolve(site.match, site.label, site.probes, site.facts, held))
+                found.append(instances.resolve(site.match, site.label, site.probes, site.facts, held, beside))
             if len(cache) >= MOST_WEIGHT_SETS:
                 cache.clear()
             cache[key] = found

@@ -61,11 +61,11 @@ class Instances:
     def __init__(self) -> None:
         self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self.parameter_ids: set[int] = set()
-        self._by_key: dict[tuple[Any, ...], list[Instance]] = {}  # several where other laws hold
+        self._by_key: dict[tuple[Any, ...], Instance] = {}
         self._ids: set[str] = set()
 
     def __iter__(self) -> Iterator[Instance]:
-        return itertools.chain.from_iterable(map(list, list(self._by_key.values())))
+        return iter(list(self._by_key.values()))
 
     def learn_names(self, names: Iterable[tuple[torch.Tensor, str]], *, bound: bool = False) -> None:
         """Names that the user gave (``bound``) win over those that Dynamo recorded first."""
@@ -79,8 +79,17 @@ class Instances:
         known = self._names.get(id(parameter))
         return known[1] if known is not None and known[0]() is parameter else None
 
-    def resolve(self, match: Match, name: str, probes: tuple[Probe, ...], facts: Facts, held: Held) -> Instance:
-        """``name`` and the line of source tell apart sites without weights, ``name`` alone those that lack one of two."""
+    def resolve(
+        self,
+        match: Match,
+        name: str,
+        probes: tuple[Probe, ...],
+        facts: Facts,
+        held: Held,
+        beside: dict[Any, list[set[str]]],
+    ) -> Instance:
+        """``name`` and the line of source tell apart sites without weights, ``name`` alone those that lack one of two. ``beside``
+        keeps, for one call of one graph, which laws hold at the sites of one key: where they differ, the sites do."""
         weights = tuple(id(parameter) for parameters in held.values() for parameter in parameters)
         rows = tuple(view.index.tobytes() for view in match.weights.values())
         form = (match.kind, match.pattern, *(match.facts.get(fact) for fact in _FORM))
@@ -91,13 +100,19 @@ class Instances:
             rows,
             name * (lacking or not weights),
         )
-        known = self._by_key[key] = [instance for instance in self._by_key.get(key, ()) if instance.is_live()]
-        found = _of_like_laws(known, match)
-        if found is None:
-            known.append(self._make(match, name, probes, facts, held))
-        elif _knows_more(match.laws, found.laws):
+        holding = {law for law, reason in match.laws.items() if not reason}
+        kinds = beside.setdefault(key, [])
+        if holding not in kinds:
+            kinds.append(holding)
+        at = (key, kinds.index(holding))
+        found = self._by_key.get(at)
+        if found is None or not found.is_live():
+            found = self._by_key[at] = self._make(match, name, probes, facts, held)
+        elif any(map(_unsaid, found.laws.values())) and not any(map(_unsaid, match.laws.values())):
             found.become(self._make(match, name, probes, facts, held, found.site.id))
-        return found or known[-1]
+        else:
+            found.laws = _in_both(found.laws, match.laws)
+        return found
 
     def _make(
         self,
@@ -148,20 +163,10 @@ class Instances:
         return candidate
 
 
-def _of_like_laws(known: Iterable[Instance], match: Match) -> Instance | None:
-    """The instance of which no other laws hold than of ``match``."""
-    return next((instance for instance in known if _agree(instance.laws, match.laws)), None)
-
-
-def _agree(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether the same laws hold, those aside of which evaluation says nothing: there no gradient flows."""
-    pairs = [(one[law], other[law]) for law in one.keys() & other.keys()]
-    return all((a == "") == (b == "") or _unsaid(a) or _unsaid(b) for a, b in pairs)
-
-
-def _knows_more(laws: Mapping[str, str], known: Mapping[str, str]) -> bool:
-    """Whether ``laws`` are of a graph in which gradients flow and ``known`` are not."""
-    return any(_unsaid(known.get(law, "")) and not _unsaid(reason) for law, reason in laws.items())
+def _in_both(laws: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+    """``laws`` without those that do not hold in another graph of the same site, unless that one is of evaluation."""
+    evaluated = any(map(_unsaid, more.values()))
+    return {law: reason or ("" if evaluated else more.get(law, "")) for law, reason in laws.items()}
 
 
 def _unsaid(reason: str) -> bool:
