@@ -14,8 +14,14 @@ from foreshock.errors import ConfigError
 from foreshock.monitors import second_tier
 
 STATISTICS = ("norm", "stable_rank", "entropy", "effective_rank")
-FAMILIES = {"law": "laws", "attention": "attention", "router": "router", "optim": "optim", "run": "run"}
-FAMILIES |= second_tier.KINDS
+FAMILIES = {
+    "law": "laws",
+    "attention": "attention",
+    "router": "router",
+    "optim": "optim",
+    "run": "run",
+    **second_tier.KINDS,
+}
 
 SOURCES: Mapping[str, str] = {
     "[P]": "arXiv 2606.28116",
