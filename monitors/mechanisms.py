@@ -73,14 +73,17 @@ def _legal_elsewhere(evidence: Evidence, context: Context) -> bool:
 
 
 def _lr_risen(evidence: Evidence, context: Context) -> bool:
+    """The learning rate is half again above the highest that the run was healthy with."""
     return context.lr_rise >= LR_RISEN
 
 
 def _lr_reached_attention(evidence: Evidence, context: Context) -> bool:
+    """The learning rate is half again above the highest that the run was healthy with, and attention moved."""
     return _lr_risen(evidence, context) and any(symptom(f) in (*QK, "attention/logit_max+") for f in evidence)
 
 
 def _widespread(evidence: Evidence, context: Context) -> bool:
+    """It moved at half of the attention sites or more."""
     moved = [finding for finding in evidence if finding.metric == "attention/delta2_norm"]
     return context.share(moved, "attention") >= SPREAD
 
@@ -93,6 +96,7 @@ def _load_first(evidence: Evidence, context: Context) -> bool:
 
 
 def _loss_alone(evidence: Evidence, context: Context) -> bool:
+    """Nothing moved but the loss and the norm of the gradient."""
     return {f.metric for f in evidence} <= {"run/loss", "optim/grad_norm"}
 
 
