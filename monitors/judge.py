@@ -13,12 +13,13 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from foreshock.errors import ConfigError
-from foreshock.monitors.detectors import LawTest, Limits
+from foreshock.monitors.budget import STEPS_PER_FALSE_ALARM, Budget
+from foreshock.monitors.detectors import Drift, Extrapolation, LawTest, Limits, NonFinite
+from foreshock.monitors.detectors.references import Run
 from foreshock.monitors.diagnosis import TABLE, UNKNOWN, Context, Diagnosis, diagnose
-from foreshock.monitors.drift import Drift, Run
 from foreshock.monitors.finding import Detector, Finding
 from foreshock.monitors.metrics import metric
-from foreshock.records import Alarm, Reading, Site
+from foreshock.records import Alarm, Reading, Site, dated
 
 MEMORY = 20  # samples for which a finding that is no longer repeated still counts: consequences come later than causes
 PATIENCE = 5  # samples that a symptom must last before it is called unknown or blamed on the data
@@ -36,6 +37,7 @@ class Judge:
     ``warmup``: steps before drift and settled limits are judged (the learning rate's own rise is waited for in any case).
     ``on_error`` receives what a detector raises, and the others go on; without it the error is raised.
     ``kernel_dtype``: the precision that attention kernels are meant to store in, where it is not that of their inputs.
+    ``steps_per_false_alarm``: the budget of all tests together. ``align``: to the baseline, at the same "step" or "tokens".
     """
 
     def __init__(
@@ -46,12 +48,17 @@ class Judge:
         kernel_dtype: str | None = None,
         detectors: Sequence[Detector] = (),
         on_error: Callable[[str, Exception], None] | None = None,
+        steps_per_false_alarm: int = STEPS_PER_FALSE_ALARM,
+        align: str = "step",
     ) -> None:
         self._on_error = on_error
+        budget = Budget(steps_per_false_alarm)
         self.detectors: tuple[Detector, ...] = (
             Limits(warmup=warmup),
-            LawTest(kernel_dtype),
-            Drift(reference=baseline, warmup=warmup),
+            NonFinite(),
+            LawTest(kernel_dtype, budget),
+            Drift(reference=baseline, warmup=warmup, align=align, budget=budget),
+            Extrapolation(warmup=warmup, budget=budget),
             *detectors,
         )
         self._heard: dict[
@@ -114,7 +121,10 @@ class Judge:
     def _remember(self, finding: Finding) -> None:
         key = (finding.site, finding.metric, finding.direction)
         last, first, _ = self._heard.get(key, (finding, self._samples, 0))
-        merged = replace(finding, onset=min(last.onset, finding.onset), score=max(last.score, finding.score))
+        early = last if last.onset < finding.onset else finding
+        merged = replace(
+            finding, onset=early.onset, onset_interval=early.onset_interval, score=max(last.score, finding.score)
+        )
         self._heard[key] = (merged, first, self._samples)
 
     def _ripe(self, diagnosis: Diagnosis) -> bool:
@@ -135,17 +145,22 @@ class Judge:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for detector, saved in zip(self.detectors, state["detectors"], strict=False):
             detector.load_state_dict(saved)
-        heard = [(Finding(**finding), first, last) for finding, first, last in state["heard"]]
+        heard = [(_finding(plain), first, last) for plain, first, last in state["heard"]]
         self._heard = {(entry[0].site, entry[0].metric, entry[0].direction): entry for entry in heard}
         self._open = {(mechanism, site): severity for mechanism, site, severity in state["open"]}
         rates, self._warm, self._samples = state["clock"]
         self._rates = deque(rates, maxlen=RATES)
 
 
+def _finding(plain: Mapping[str, Any]) -> Finding:
+    return Finding(**{**plain, "onset_interval": tuple(plain["onset_interval"])})
+
+
 def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context) -> Alarm:
     """The diagnosis as a record: the leading finding's numbers, everybody's evidence, and what to do."""
     lead, row = diagnosis.findings[0], diagnosis.row
-    onset = min(finding.onset for finding in diagnosis.findings if finding.score >= 1)
+    first = min((finding for finding in diagnosis.findings if finding.score >= 1), key=lambda finding: finding.onset)
+    low, high = first.onset_interval
     evidence = [describe(finding, context.sites) for finding in diagnosis.findings]
     if "learning rate" in row.mechanism and context.lr_rise > 1:
         evidence.append(f"optim/lr rose to {context.lr_rise:.3g} times its lowest since the warm-up")
@@ -153,7 +168,7 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context) -> A
     axis = _axis(lead.metric)
     return Alarm(
         step=step,
-        onset=min(onset, step),
+        onset=min(first.onset, step),
         site=lead.site,
         metric=lead.metric,
         value=lead.value,
@@ -164,13 +179,15 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context) -> A
         message=message,
         head=lead.index if axis in ("heads", "kv_heads") else None,
         expert=lead.index if axis == "experts" else None,
+        onset_interval=(min(low, step), min(high, step)),
     )
 
 
 def describe(finding: Finding, sites: Mapping[str, Site]) -> str:
     """One line of evidence, with its numbers."""
     value = "not finite" if not math.isfinite(finding.value) else f"{finding.value:.3g}"
-    return f"{finding.metric} at {_where(finding, sites)} is {value}, expected {finding.expected}; since about step {finding.onset}"
+    since = dated(finding.onset, finding.onset_interval)
+    return f"{finding.metric} at {_where(finding, sites)} is {value}, expected {finding.expected}; {since}"
 
 
 def _where(finding: Finding, sites: Mapping[str, Site]) -> str:

@@ -25,9 +25,8 @@ from foreshock.monitors import (
     floor,
     metric,
 )
-from foreshock.monitors.detectors import LawTest, Limits
+from foreshock.monitors.detectors import Drift, LawTest, Limits
 from foreshock.monitors.diagnosis import TABLE
-from foreshock.monitors.drift import Drift
 from foreshock.records import Alarm, Reading, Site
 
 SITES = {
