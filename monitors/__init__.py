@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from foreshock.monitors.detectors import Limits
-from foreshock.monitors.drift import Drift
+from foreshock.monitors.budget import Budget
+from foreshock.monitors.detectors import (
+    Cusum,
+    Drift,
+    Extrapolation,
+    Forecast,
+    LawTest,
+    Limits,
+    NonFinite,
+    PageHinkley,
+    QuantileBand,
+    RobustZ,
+    SeriesTest,
+)
 from foreshock.monitors.finding import Detector, Finding, Monitor
 from foreshock.monitors.judge import Judge
 from foreshock.monitors.laws import BiasLaw, floor
@@ -17,18 +29,28 @@ from foreshock.records import Probe, Reading
 __all__ = [
     "METRICS",
     "BiasLaw",
+    "Budget",
     "ConsoleSink",
+    "Cusum",
     "Detector",
     "Drift",
+    "Extrapolation",
     "Finding",
+    "Forecast",
     "Judge",
+    "LawTest",
     "Limit",
     "Limits",
     "Metric",
     "Monitor",
+    "NonFinite",
+    "PageHinkley",
     "Probe",
+    "QuantileBand",
     "Reading",
+    "RobustZ",
     "RouterWeights",
+    "SeriesTest",
     "Sink",
     "Spectra",
     "Trend",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from foreshock.records import Reading, Site
+from foreshock.records import ALONE, Array, Reading, Site
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,8 @@ class Finding:
     ``direction`` is +1 (too high) or -1 (too low); ``index`` the head or expert; ``score`` how far beyond the detector's own
     limit (1 is at the limit; less is a hint, which alarms nobody but helps to name what does). ``extent``: the share of several
     heads or experts that are out together (0: one alone, or not known). A detector repeats a finding at every sample for as long
-    as it holds.
+    as it holds. ``onset_interval``: the change came after the first of these steps and not after the second; without one it is
+    the onset alone.
     """
 
     step: int
@@ -28,7 +29,17 @@ class Finding:
     direction: int
     score: float
     index: int | None = None
+    onset_interval: tuple[int, int] = ALONE
     extent: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.onset_interval == ALONE:
+            object.__setattr__(self, "onset_interval", (self.onset, self.onset))
+
+
+def together(out: Array) -> float:
+    """The `Finding.extent` of heads or experts of which those in the mask ``out`` are out."""
+    return float(out.mean()) if out.sum() > 1 else 0.0
 
 
 @runtime_checkable

@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from foreshock.errors import ConfigError
-from foreshock.monitors.detectors import LawTest, Limits
+from foreshock.monitors.budget import STEPS_PER_FALSE_ALARM, Budget
+from foreshock.monitors.detectors import Drift, Extrapolation, LawTest, Limits, Moves, NonFinite
+from foreshock.monitors.detectors.references import Run
 from foreshock.monitors.diagnosis import Age, Context, Diagnosis, diagnose, key, ripe, symptom
-from foreshock.monitors.drift import Drift, Run
 from foreshock.monitors.finding import Detector, Finding
 from foreshock.monitors.mechanisms import TABLE, UNKNOWN
 from foreshock.monitors.metrics import metric
 from foreshock.monitors.rates import Rates
-from foreshock.records import Alarm, Reading, Site
+from foreshock.records import Alarm, Reading, Site, dated
 
 # For so many samples, and so many steps, a finding that is no longer repeated still counts: consequences come later than causes.
 MEMORY, MEMORY_STEPS = 20, 200
@@ -47,6 +48,7 @@ class Judge:
     ``warmup``: steps before drift and settled limits are judged (the learning rate's own rise is waited for in any case).
     ``on_error`` receives what a detector raises, and the others go on; without it the error is raised.
     ``kernel_dtype``: the precision that attention kernels are meant to store in, where it is not that of their inputs.
+    ``steps_per_false_alarm``: the budget of all tests together. ``align``: to the baseline, at the same "step" or "tokens".
     """
 
     def __init__(
@@ -57,12 +59,18 @@ class Judge:
         kernel_dtype: str | None = None,
         detectors: Sequence[Detector] = (),
         on_error: Callable[[str, Exception], None] | None = None,
+        steps_per_false_alarm: int = STEPS_PER_FALSE_ALARM,
+        align: str = "step",
     ) -> None:
         self._on_error = on_error
+        budget = Budget(steps_per_false_alarm)
         self.detectors: tuple[Detector, ...] = (
             Limits(warmup=warmup),
-            LawTest(kernel_dtype),
-            Drift(reference=baseline, warmup=warmup),
+            NonFinite(),
+            Moves(),
+            LawTest(kernel_dtype, budget),
+            Drift(reference=baseline, warmup=warmup, align=align, budget=budget),
+            Extrapolation(warmup=warmup, budget=budget),
             *detectors,
         )
         self._heard: dict[tuple[str | None, str, int], Heard] = {}
@@ -131,8 +139,9 @@ class Judge:
         before = self._heard.get(key(finding))
         samples = 1
         if before is not None:
-            onset, score = min(before.finding.onset, finding.onset), max(before.finding.score, finding.score)
-            finding, samples = replace(finding, onset=onset, score=score), before.samples + 1
+            early = min(before.finding, finding, key=lambda one: one.onset)
+            score, samples = max(before.finding.score, finding.score), before.samples + 1
+            finding = replace(finding, onset=early.onset, onset_interval=early.onset_interval, score=score)
         self._heard[key(finding)] = Heard(finding, samples, self._samples, step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,11 +157,15 @@ class Judge:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for detector, saved in zip(self.detectors, state["detectors"], strict=False):
             detector.load_state_dict(saved)
-        heard = [Heard(Finding(**finding), *rest) for finding, *rest in state["heard"]]
+        heard = [Heard(_finding(plain), *rest) for plain, *rest in state["heard"]]
         self._heard = {key(h.finding): h for h in heard}
         self._open = {(mechanism, site): (severity, position) for mechanism, site, severity, position in state["open"]}
         self._rates.load_state_dict(state["rates"])
         self._samples = state["samples"]
+
+
+def _finding(plain: Mapping[str, Any]) -> Finding:
+    return Finding(**{**plain, "onset_interval": tuple(plain["onset_interval"])})
 
 
 def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context, beside: Sequence[str] = ()) -> Alarm:
@@ -161,7 +174,8 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context, besi
     ``beside`` names the alarms that are open already.
     """
     lead, row = diagnosis.findings[0], diagnosis.row
-    onset = min(finding.onset for finding in diagnosis.findings if finding.score >= 1)
+    first = min((finding for finding in diagnosis.findings if finding.score >= 1), key=lambda finding: finding.onset)
+    low, high = first.onset_interval
     evidence = [describe(finding, context.sites) for finding in diagnosis.findings]
     if "learning rate" in row.mechanism and context.lr_rise > 1:
         evidence.append(f"optim/lr rose to {context.lr_rise:.3g} times the highest that the run was healthy with")
@@ -170,7 +184,7 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context, besi
     axis = _axis(lead.metric)
     return Alarm(
         step=step,
-        onset=min(onset, step),
+        onset=min(first.onset, step),
         site=lead.site,
         metric=lead.metric,
         value=lead.value,
@@ -182,13 +196,15 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context, besi
         message=message,
         head=lead.index if axis in ("heads", "kv_heads") else None,
         expert=lead.index if axis == "experts" else None,
+        onset_interval=(min(low, step), min(high, step)),
     )
 
 
 def describe(finding: Finding, sites: Mapping[str, Site]) -> str:
     """One line of evidence, with its numbers."""
     value = "not finite" if not math.isfinite(finding.value) else f"{finding.value:.3g}"
-    return f"{finding.metric} at {_where(finding, sites)} is {value}, expected {finding.expected}; since about step {finding.onset}"
+    since = dated(finding.onset, finding.onset_interval)
+    return f"{finding.metric} at {_where(finding, sites)} is {value}, expected {finding.expected}; {since}"
 
 
 def _name(site: str | None, sites: Mapping[str, Site]) -> str:

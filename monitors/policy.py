@@ -84,7 +84,7 @@ LAW_SAMPLES = 3        # else the median of three must exceed the floor, so two 
 BIAS_GROSS = 8.0       # bias floors: beside a broken law, a few estimates this large and of one sign need no t [M]
 LAW_LOGITS = 1000.0    # beyond, probabilities are 0 or 1 and dK is rounding alone: no kernel is to blame
 BIAS_LARGEST = 0.5     # of the output; a one-sided rounding to a single mantissa bit stays below
-BIAS_T = 6.0           # healthy and stochastic rounding stay below 4 in magnitude, one-sided rounding passes 10 [M]
+SAME_SIGN_T = 6.0      # beside a broken law, so sure a mean of estimates of one sign names a bias; alarms nobody [M]
 
 WARMUP_SAMPLES = 5     # samples skipped after the learning rate has stopped rising: the curves bend most there
 SPACING = 10           # steps between samples that enter a trend, however often the run is sampled: trends need time, not samples

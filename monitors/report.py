@@ -68,7 +68,7 @@ def _verdict(run: Run, alarms: Sequence[Alarm], sites: Mapping[str, Site]) -> di
         ]
         return {
             "level": "critical" if critical else "warning",
-            "title": f"Not healthy since about step {first.onset}: {count}",
+            "title": f"Not healthy {first.since}: {count}",
             "lines": [line for line in lines if line],
         }
     if not len(steps) or not sites:

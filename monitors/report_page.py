@@ -47,7 +47,7 @@ MACROS = """{% macro card(a) -%}
 <div class="card alarm {{ a.alarm.severity }}">
   <span class="chip">{{ a.alarm.severity }}</span><b>{{ a.alarm.mechanism }}</b>
   <span class="soft">at {{ a.where }}, step {{ a.alarm.step }}
-  {%- if a.alarm.onset != a.alarm.step %}, began near step {{ a.alarm.onset }}{% endif %}</span>
+  {%- if a.alarm.onset != a.alarm.step %}, {{ a.alarm.since }}{% endif %}</span>
   <p>{{ a.alarm.message }}</p>
   <p class="soft"><code>{{ a.alarm.metric }}</code> was {{ "%.4g"|format(a.alarm.value) }},
     expected {{ a.alarm.expected }}</p>

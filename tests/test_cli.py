@@ -89,7 +89,7 @@ def test_report(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 def test_alarms(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "alarms", folder) == 0
-    assert capsys.readouterr().out == "step 9 (since about 7) critical: it is off\n"
+    assert capsys.readouterr().out == "step 9 (since about step 7) critical: it is off\n"
     assert call(monkeypatch, "alarms", folder, "--json") == 0
     [alarm] = json.loads(capsys.readouterr().out)
     assert (alarm["value"], alarm["head"]) == ("nan", 2)

@@ -143,7 +143,7 @@ def alarms(run: RunFolder, as_json: AsJson = False) -> None:
         _print_json([alarm.to_json() for alarm in found])
         return
     for alarm in found:
-        print(f"step {alarm.step} (since about {alarm.onset}) {alarm.severity}: {' '.join(alarm.message.split())}")
+        print(f"step {alarm.step} ({alarm.since}) {alarm.severity}: {' '.join(alarm.message.split())}")
     if not found:
         print("no alarms")
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from foreshock.errors import ConfigError
+from foreshock.monitors.budget import STEPS_PER_FALSE_ALARM
+from foreshock.monitors.detectors.references import ALIGNMENTS
 from foreshock.series import nearest
 
 FIRST_TIER = ("laws", "attention", "router", "spectra", "optim")
@@ -22,18 +24,25 @@ SECOND_TIER = ("activations", "residual", "gradients", "adam", "updates", "exper
 FAMILIES = (*FIRST_TIER, *SECOND_TIER)
 GROUPS = {"default": FIRST_TIER, "all": FAMILIES}
 ON_ALARM = ("warn", "raise", "stop")
+CHOICES = {"on_alarm": ON_ALARM, "align": ALIGNMENTS}
 PREFIX = "FORESHOCK_"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to watch and how often. ``monitors=None`` is the first tier; ``windows`` are steps, for the weight spectra."""
+    """What to watch and how often. ``monitors=None`` is the first tier; ``windows`` are steps, for the weight spectra.
+
+    ``align``: compare with the baseline at the same "step", or at the same count of logged "tokens".
+    ``steps_per_false_alarm``: healthy steps in which all tests together may be wrong once.
+    """
 
     run: str | None = None
     every: int = 10
     inner: str = "inductor"
     monitors: tuple[str, ...] | None = None
     baseline: tuple[str, ...] = ()
+    align: str = "step"
+    steps_per_false_alarm: int = STEPS_PER_FALSE_ALARM
     on_alarm: str = "warn"
     strict: bool = False
     rows: int = 16
@@ -125,12 +134,12 @@ def _fit(value: Any, kind: str) -> Any:
 
 
 def _problem(key: str, value: Any) -> str:
-    if key in ("every", "rows") and value < 1:
+    if key in ("every", "rows", "steps_per_false_alarm") and value < 1:
         return f"must be at least 1, got {value}"
     if key == "windows" and (not value or min(value) < 1):
         return f"must be steps of at least 1, got {value!r}"
-    if key == "on_alarm" and value not in ON_ALARM:
-        return f"must be one of {', '.join(ON_ALARM)}, got {value!r}{nearest(value, ON_ALARM)}"
+    if key in CHOICES and value not in CHOICES[key]:
+        return f"must be one of {', '.join(CHOICES[key])}, got {value!r}{nearest(value, CHOICES[key])}"
     for family in value or () if key == "monitors" else ():
         if family not in FAMILIES and family not in GROUPS:
             known = (*FAMILIES, *GROUPS)

@@ -17,6 +17,7 @@ import torch
 Array = npt.NDArray[Any]
 Facts = Mapping[str, Any]  # plain facts of a site: sizes, scale, layout; JSON values only
 Tensors = Mapping[str, torch.Tensor]  # by role
+ALONE = (-1, -1)  # stands for an interval that is the onset alone
 Read = Callable[[torch.Tensor], torch.Tensor]  # what to read in a parameter's place: its fp32 master, or itself
 
 
@@ -282,6 +283,7 @@ class Alarm:
     """One finding. ``step`` is when it was heard, ``onset`` the estimate of when it began.
 
     ``confidence`` in the mechanism: "proved" by an identity, "likely" where two symptoms agree, "possible" where one speaks alone.
+    ``onset_interval``: it began after the first of these steps and not after the second; without one, at the onset alone.
     """
 
     step: int
@@ -296,14 +298,32 @@ class Alarm:
     message: str
     head: int | None = None
     expert: int | None = None
+    onset_interval: tuple[int, int] = ALONE
     confidence: str = ""
 
+    def __post_init__(self) -> None:
+        if self.onset_interval == ALONE:
+            object.__setattr__(self, "onset_interval", (self.onset, self.onset))
+
+    @property
+    def since(self) -> str:
+        """The onset in words, with its interval where that says more."""
+        return dated(self.onset, self.onset_interval)
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"evidence": list(self.evidence)}
+        return asdict(self) | {"evidence": list(self.evidence), "onset_interval": list(self.onset_interval)}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Alarm:
-        return cls(**{**plain, "evidence": tuple(plain["evidence"])})
+        """The alarm as stored; one that was stored before onsets had intervals has the onset alone."""
+        interval = tuple(plain.get("onset_interval", ALONE))
+        return cls(**{**plain, "evidence": tuple(plain["evidence"]), "onset_interval": interval})
+
+
+def dated(onset: int, interval: tuple[int, int]) -> str:
+    """An onset in words, with its interval where that says more: "since about step 400 (390 to 410)"."""
+    low, high = interval
+    return f"since about step {onset}" + (f" ({low} to {high})" if low < high else "")
 
 
 @dataclass(frozen=True, slots=True)

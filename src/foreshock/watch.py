@@ -48,6 +48,8 @@ class Watch:
             ``update(step, sites) -> list[Reading]``; None is the first tier, "default".
         detectors: more objects with ``update(step, readings, sites) -> list[Finding]``, beside the built-in ones.
         baseline: run folders of healthy references.
+        align: compare with them at the same "step", or at the same count of ``watch.log(tokens=...)``: "tokens".
+        steps_per_false_alarm: healthy steps in which all tests together may raise one alarm (100,000); fewer find faults sooner.
         on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), or a callable taking the `Alarm`.
         sinks: more receivers of readings and alarms.
         strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
@@ -67,6 +69,8 @@ class Watch:
         monitors: str | Sequence[Any] | None = None,
         detectors: Sequence[Any] | None = None,
         baseline: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+        align: str | None = None,
+        steps_per_false_alarm: int | None = None,
         on_alarm: str | Callable[[Alarm], None] | None = None,
         sinks: Sequence[Any] = (),
         strict: bool | None = None,
@@ -84,6 +88,8 @@ class Watch:
             "inner": inner if isinstance(inner, str) else None,
             "monitors": named or None,
             "baseline": None if baseline is None else tuple(map(os.fspath, [baseline] if single else baseline)),  # type: ignore[arg-type]
+            "align": align,
+            "steps_per_false_alarm": steps_per_false_alarm,
             "on_alarm": on_alarm if isinstance(on_alarm, str) else None,
             "strict": strict,
             "rows": rows,
@@ -127,7 +133,13 @@ class Watch:
             weights=[*([self._state["router"]] if "router" in self.families else []), *own],
             each_step=[self._state["spectra"]] if "spectra" in self.families else [],
             steps=steps,
-            judge=Judge(references, detectors=detectors or (), on_error=self.fail),
+            judge=Judge(
+                references,
+                detectors=detectors or (),
+                on_error=self.fail,
+                steps_per_false_alarm=self.settings.steps_per_false_alarm,
+                align=self.settings.align,
+            ),
             sinks=[ConsoleSink(), *sinks],
             on_alarm=self._on_alarm,
             fail=self.fail,

@@ -12,8 +12,8 @@ import math
 import numpy as np
 import pytest
 
-from foreshock.monitors.cusum import CLIP, SLACK, Cusum
-from foreshock.monitors.drift import Drift
+from foreshock.monitors.detectors import Drift
+from foreshock.monitors.detectors.cusum import CLIP, LIMIT, SLACK, Cusum
 from foreshock.monitors.finding import Detector
 from foreshock.monitors.policy import TRENDS, Trend
 from foreshock.records import Reading
@@ -87,12 +87,12 @@ def test_healthy_runs_are_silent(seeds) -> None:
         ("run/loss", None, 1.5, +1),
     ],
 )
-def test_a_step_change_is_heard_at_the_fifth_sample(metric, site, change, direction) -> None:
+def test_a_step_change_is_heard_at_the_sixth_sample(metric, site, change, direction) -> None:
     series = healthy(2000)
     series[metric, site][80:] *= change
     first = run(Drift(), series)[0]
     assert (first.metric, first.site, first.direction) == (metric, site, direction)
-    assert (first.onset, first.step) == (800, 840)
+    assert (first.onset, first.step) == (800, 850)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_non_finite_values_enter_nothing_and_blind_nothing() -> None:
         values[50, 0] = np.inf
     assert run(Drift(), series) == []
     series["router/load", "r0"][80:] *= 2
-    assert run(Drift(), series)[0].step <= 840
+    assert run(Drift(), series)[0].step <= 850
 
 
 def test_a_single_outlier_is_no_alarm() -> None:
@@ -197,10 +197,10 @@ def test_a_reference_run_hears_what_a_run_wrong_from_its_start_hides_from_its_ow
 def test_cusum_arithmetic_and_onset() -> None:
     cusum = Cusum()
     for step, z in enumerate([0.0, 1.0, 2.0, 100.0, np.nan, 2.0]):
-        sums = cusum.update(step, np.array([z]), limit=20.0)
-    assert sums[0, 0] == pytest.approx((2.0 - SLACK) + (CLIP - SLACK) + (2.0 - SLACK))
-    assert cusum.onset[0, 0] == 2
-    assert sums[1, 0] == 0
+        cusum.update(step, np.array([z]))
+    assert cusum.score[0] * LIMIT == pytest.approx((2.0 - SLACK) + (CLIP - SLACK) + (2.0 - SLACK))
+    assert (cusum.direction[0], cusum.onset[0]) == (+1, 2)
+    assert cusum.onset_interval.tolist() == [[0, 3]]  # from the second sample on, within 2.5 of the largest sum
 
 
 def test_every_trend_names_its_source_and_a_real_metric() -> None:

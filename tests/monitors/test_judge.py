@@ -25,8 +25,7 @@ from foreshock.monitors import (
     floor,
     metric,
 )
-from foreshock.monitors.detectors import LawTest, Limits
-from foreshock.monitors.drift import Drift
+from foreshock.monitors.detectors import Drift, LawTest, Limits
 from foreshock.monitors.mechanisms import TABLE
 from foreshock.monitors.rates import Rates
 from foreshock.records import Alarm, Reading, Site

@@ -1,0 +1,126 @@
+"""Weights of one head or router that jump, or stand still, while all others go on as before.
+
+A bit that flips in a weight or in its optimizer state moves one head by many times what it usually moves; a learning rate moves
+all of them alike. So a head's step is compared with its own before it and with the median of all heads' at the same time.
+
+Shapes: N values of one step, over sites, queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from foreshock.monitors.detectors.sheet import Places, Sheet
+from foreshock.monitors.finding import Finding, together
+from foreshock.records import Array, Reading, Site
+
+INCREMENTS = ("attention/dwq_norm", "attention/dwk_norm")
+NORM = "router/row_norm_max"
+JUMP = 4.0  # times the step before and the median of all heads: healthy heads reached 1.5, under a broken kernel 2.4 (docs/log.md)
+GROWN = 2.0  # times the norm one sample before: healthy routers reached 1.02, with a hundredfold learning rate 1.12
+HEADS = 4  # fewer have no median to be compared with
+MOVED, STILL = 5, 2  # samples in which weights moved before they can stop, and in which they must have stood still
+
+
+class Moves:
+    """One finding for the head of each site that jumped at this sample, and one for each site where heads stand still."""
+
+    def __init__(self) -> None:
+        self._increments, self._norms = Memory(INCREMENTS), Memory((NORM,))
+        self._rate = 1.0
+
+    def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
+        """Weights are read in turn, so that a step brings the readings of some sites only."""
+        self._rate = next((float(r.values.max()) for r in readings if r.metric == "optim/lr"), self._rate)
+        heads = self._increments
+        heads.take(step, readings)
+        limit = JUMP * max(heads.usual(), 1.0)
+        found = heads.findings(step, heads.ratio / limit, "about {:.3g} as before, and its like elsewhere", +1)
+        if self._rate > 0:
+            found += heads.findings(
+                step, np.where(heads.stopped(), 2.0, 0.0), "above zero, as before: the optimizer steps", -1
+            )
+        self._norms.take(step, readings)
+        return found + self._norms.findings(step, self._norms.ratio / GROWN, "about {:.3g} as before", +1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"increments": self._increments.state_dict(), "norms": self._norms.state_dict(), "rate": self._rate}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._increments.load_state_dict(state["increments"])
+        self._norms.load_state_dict(state["norms"])
+        self._rate = state["rate"]
+
+
+class Memory:
+    """What every head's series of ``metrics`` last was. After `take`, ``x``, ``before``, ``since`` and ``ratio`` are of the values
+    that came, ``[N]``; the ratio to the value before is NaN where there was none above zero."""
+
+    def __init__(self, metrics: Collection[str]) -> None:
+        self._sheet, self._places = Sheet(metrics), Places()
+        self._last = np.zeros(
+            (5, 0)
+        )  # of each column: value, its step, its ratio; samples it moved in; samples it stood still
+
+    def take(self, step: int, readings: Sequence[Reading]) -> None:
+        self._layout, self.x = self._sheet.read(readings)
+        self._columns = self._places.of(self._layout.keys, self._layout.lengths_R)
+        missing = self._places.size - self._last.shape[1]
+        fresh = np.repeat([[np.nan], [-1], [np.nan], [0], [0]], missing, 1)
+        self._last = np.concatenate([self._last, fresh], 1)
+        self.before, self.since, _, moved, still = self._last[:, self._columns]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            self.ratio = np.where(np.isfinite(self.x) & (self.before > 0), self.x / self.before, np.nan)
+        steps = np.full(len(self.x), float(step))
+        self._last[:, self._columns] = [
+            self.x,
+            steps,
+            self.ratio,
+            moved + (self.x > 0),
+            np.where(self.x == 0, still + 1, 0),
+        ]
+
+    def usual(self) -> float:
+        """The median ratio of all heads, of each the last one known; infinite where they are too few to tell."""
+        known = self._last[2][self._last[2] > 0]
+        return float(np.median(known)) if len(known) >= HEADS else np.inf
+
+    def stopped(self) -> Array:
+        """Which heads moved once and do not any more, while some other does."""
+        _, _, _, moved, still = self._last[:, self._columns]
+        return (moved >= MOVED) & (still >= STILL) & bool((self._last[0] > 0).any())
+
+    def findings(self, step: int, score: Array, expected: str, direction: int) -> list[Finding]:
+        """The worst head of every reading that has one at the limit."""
+        found, score = [], np.nan_to_num(score)
+        for row in np.flatnonzero(self._layout.each(np.maximum, score) >= 1):
+            span = self._layout.span(int(row))
+            worst = int(score[span].argmax())
+            at = span.start + worst
+            metric, site = self._layout.keys[row]
+            found.append(
+                Finding(
+                    step=step,
+                    onset=step,
+                    onset_interval=(int(self.since[at]), step),
+                    site=site,
+                    metric=metric,
+                    value=float(self.x[at]),
+                    expected=expected.format(self.before[at]),
+                    direction=direction,
+                    score=float(score[at]),
+                    index=self._layout.index(int(row), worst),
+                    extent=together(score[span] >= 1),
+                )
+            )
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"places": self._places.state_dict(), "last": self._last.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._places.load_state_dict(state["places"])
+        self._last = np.array(state["last"], dtype=float).reshape(5, -1)

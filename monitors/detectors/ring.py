@@ -1,0 +1,61 @@
+"""The last few samples of every series, each series at its own pace.
+
+Shapes: R samples kept, S series, N columns asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from foreshock.records import Array
+
+
+def widen(x: Array, series: int, fill: float) -> Array:
+    """``x`` with its last axis grown to ``series``, the new columns filled; ``x`` itself if it is as wide already."""
+    missing = series - x.shape[-1]
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], constant_values=fill) if missing > 0 else x
+
+
+class Ring:
+    """The last ``length`` finite samples of each column with their steps; what is missing takes no place."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.values = np.full((length, 0), np.nan)
+        self.steps = np.full((length, 0), -1, dtype=np.int64)
+        self.count = np.zeros(0, dtype=np.int64)  # samples seen
+
+    def write(self, step: int, x_S: Array) -> None:
+        """One sample of every column; further columns are new."""
+        self.values = widen(self.values, len(x_S), np.nan)
+        self.steps = widen(self.steps, len(x_S), -1)
+        self.count = widen(self.count, len(x_S), 0)
+        columns = np.flatnonzero(np.isfinite(x_S))
+        place = self.count[columns] % self.length
+        self.values[place, columns], self.steps[place, columns] = x_S[columns], step
+        self.count[columns] += 1
+
+    def ordered(self, columns: Array | None = None) -> tuple[Array, Array]:
+        """Steps and values, each ``[R, N]``, oldest first; what was not filled yet stands before, as -1 and NaN."""
+        chosen = np.arange(len(self.count)) if columns is None else columns
+        order = (self.count[chosen] + np.arange(self.length)[:, None]) % self.length
+        return self.steps[order, chosen], self.values[order, chosen]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values.tolist(), "steps": self.steps.tolist(), "count": self.count.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.values = np.array(state["values"], dtype=float).reshape(self.length, -1)
+        self.steps = np.array(state["steps"], dtype=np.int64).reshape(self.length, -1)
+        self.count = np.array(state["count"], dtype=np.int64)
+
+
+def spans(steps_RN: Array, first_N: Array, last_N: Array) -> Array:
+    """``[N, 2]``: the step before row ``first_N`` (its own where none is kept) and that of row ``last_N``."""
+    columns = np.arange(steps_RN.shape[1])
+    before = steps_RN[np.maximum(first_N - 1, 0), columns]
+    low = np.where(before >= 0, before, steps_RN[first_N, columns])
+    return np.stack([low, steps_RN[last_N, columns]], axis=1)
