@@ -27,7 +27,8 @@ PREFIX = "FORESHOCK_"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to watch and how often. ``monitors=None`` is the first tier; ``windows`` are steps, for the weight spectra."""
+    """What to watch and how often. ``monitors=None`` is the first tier; ``windows`` are steps, for the weight spectra.
+    ``on_alarm`` may name several actions, separated by commas; ``debounce`` is in steps."""
 
     run: str | None = None
     every: int = 10
@@ -35,6 +36,7 @@ class Settings:
     monitors: tuple[str, ...] | None = None
     baseline: tuple[str, ...] = ()
     on_alarm: str = "warn"
+    debounce: int = 100
     strict: bool = False
     rows: int = 16
     windows: tuple[int, ...] = (10, 50)
@@ -129,8 +131,11 @@ def _problem(key: str, value: Any) -> str:
         return f"must be at least 1, got {value}"
     if key == "windows" and (not value or min(value) < 1):
         return f"must be steps of at least 1, got {value!r}"
-    if key == "on_alarm" and value not in ON_ALARM:
-        return f"must be one of {', '.join(ON_ALARM)}, got {value!r}{nearest(value, ON_ALARM)}"
+    if key == "debounce" and value < 0:
+        return f"must be steps, at least 0, got {value}"
+    for name in [name.strip() for name in value.split(",")] if key == "on_alarm" else ():
+        if name not in ON_ALARM:
+            return f"must be one of {', '.join(ON_ALARM)}, got {name!r}{nearest(name, ON_ALARM)}"
     for family in value or () if key == "monitors" else ():
         if family not in FAMILIES and family not in GROUPS:
             known = (*FAMILIES, *GROUPS)

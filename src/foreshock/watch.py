@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from foreshock import _torch
+from foreshock.acting import Acting, OnAlarm, actions, names
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
 from foreshock.config import Settings, families, load_settings
-from foreshock.errors import AlarmRaised
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.masters import Masters
@@ -29,7 +29,7 @@ from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
 from foreshock.runtime import Sample
-from foreshock.store import MemoryStore, RunStore
+from foreshock.store import MemoryStore, RunStore, of_this_rank
 
 _log = logging.getLogger("foreshock")
 _EVERYTHING = 2**62
@@ -48,7 +48,9 @@ class Watch:
             ``update(step, sites) -> list[Reading]``; None is the first tier, "default".
         detectors: more objects with ``update(step, readings, sites) -> list[Finding]``, beside the built-in ones.
         baseline: run folders of healthy references.
-        on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), or a callable taking the `Alarm`.
+        on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), a callable taking the `Alarm`, or a row of
+            these; in a distributed job "raise" and "stop" happen on all ranks at one step (docs/acting.md).
+        debounce: steps in which further alarms of a mechanism, at other sites, do not act again.
         sinks: more receivers of readings and alarms.
         strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
         probes: `Probe`s for further kinds of site, or beside the built-in ones at attentions and routers; a probe replaces the one
@@ -67,7 +69,8 @@ class Watch:
         monitors: str | Sequence[Any] | None = None,
         detectors: Sequence[Any] | None = None,
         baseline: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
-        on_alarm: str | Callable[[Alarm], None] | None = None,
+        on_alarm: OnAlarm | None = None,
+        debounce: int | None = None,
         sinks: Sequence[Any] = (),
         strict: bool | None = None,
         rows: int | None = None,
@@ -78,13 +81,15 @@ class Watch:
         monitors = [monitors] if isinstance(monitors, str) else list(monitors or ())
         named = tuple(m for m in monitors if isinstance(m, str))
         single = isinstance(baseline, str | os.PathLike)
+        row = actions(on_alarm)
         given = {
             "run": None if run is None else os.fspath(run),
             "every": every,
             "inner": inner if isinstance(inner, str) else None,
             "monitors": named or None,
             "baseline": None if baseline is None else tuple(map(os.fspath, [baseline] if single else baseline)),  # type: ignore[arg-type]
-            "on_alarm": on_alarm if isinstance(on_alarm, str) else None,
+            "on_alarm": names(row),
+            "debounce": debounce,
             "strict": strict,
             "rows": rows,
             "windows": None if windows is None else tuple(windows),
@@ -100,7 +105,7 @@ class Watch:
         self.on_match: Callable[[GraphView, Match], None] | None = None  # called with every match of a capture
         self.families = families(self.settings.monitors)
         self._probes = {(probe.kind, probe.name): probe for probe in (*built_in(self.families), *probes)}
-        self._act = on_alarm if callable(on_alarm) else self.settings.on_alarm
+        self.acting = Acting(row, self.settings, self._stop, self.fail)
         self._reported: dict[str, str] = {}
         self._unmatched: dict[str, None] = {}
         self._fallbacks = Fallbacks()
@@ -108,7 +113,7 @@ class Watch:
         self._closed = False
         self._started = time.perf_counter()
         self.rewriting_seconds = 0.0
-        store: Store = MemoryStore() if self.settings.run is None else RunStore(_of_this_rank(self.settings.run))
+        store: Store = MemoryStore() if self.settings.run is None else RunStore(of_this_rank(self.settings.run))
         references = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
@@ -129,7 +134,7 @@ class Watch:
             steps=steps,
             judge=Judge(references, detectors=detectors or (), on_error=self.fail),
             sinks=[ConsoleSink(), *sinks],
-            on_alarm=self._on_alarm,
+            on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
         )
         self._hooks = [_torch.on_optimizer_step(self._after_optimizer_step)]
@@ -211,10 +216,12 @@ class Watch:
         """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""
         if self._closed:
             return
+        self.acting.closing = True
         try:
             self._catch_up()
             self.collector.finish(_EVERYTHING)
             self.flush()
+            self.acting.settle()
         finally:
             self._closed = True
             for hook in self._hooks:
@@ -247,6 +254,7 @@ class Watch:
             "monitors": monitors,
             "judge": self.collector.judge.state_dict(),
             "collector": self.collector.state_dict(),
+            "acting": self.acting.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -257,6 +265,7 @@ class Watch:
             monitor.load_state_dict(state["monitors"][name])
         self.collector.judge.load_state_dict(state["judge"])
         self.collector.load_state_dict(state["collector"])
+        self.acting.load_state_dict(state["acting"])
 
     @property
     def closed(self) -> bool:
@@ -280,6 +289,7 @@ class Watch:
         self.clock.forward()
         if self.clock.step != self._finished:
             self._catch_up()
+            self.acting.settle()
         return self.is_sampled(self.clock.step)
 
     def deliver(self, sample: Sample) -> None:
@@ -302,6 +312,9 @@ class Watch:
         if what not in self._reported:
             self._reported[what] = f"{what}: {type(error).__name__}: {error}"
             _log.warning("%s (training goes on)", self._reported[what])
+
+    def _stop(self) -> None:
+        self.stop_requested = True
 
     def _statuses(self) -> tuple[SiteStatus, ...]:
         trained = self.collector.trained
@@ -332,24 +345,7 @@ class Watch:
         except Exception as error:
             self.fail("reading the optimizer", error)
         self.clock.tick(optimizer)
-
-    def _on_alarm(self, alarm: Alarm) -> None:
-        if callable(self._act):
-            try:
-                self._act(alarm)
-            except Exception as error:
-                self.fail("calling on_alarm", error)
-        elif self._act == "raise":
-            raise AlarmRaised(alarm)
-        elif self._act == "stop":
-            self.stop_requested = True
-
-
-def _of_this_rank(run: str) -> str:
-    """Each process of a distributed job keeps a run folder of its own, ``RUN/rank3``."""
-    return (
-        run if int(os.environ.get("WORLD_SIZE", "1")) < 2 else os.path.join(run, f"rank{os.environ.get('RANK', '0')}")
-    )
+        self.acting.after_step(self.clock.step)
 
 
 _default: Watch | None = None
