@@ -1,6 +1,6 @@
-"""Write docs/metrics.md, and the table of families in README.md, from the registry of metrics: ``make docs``.
+"""Write docs/metrics.md, docs/mechanisms.md and the table of families in README.md from the code's own tables: ``make docs``.
 
-A test holds both against the registry, so that neither says what the code does not.
+A test holds them against these, so that none says what the code does not.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from foreshock.config import SECOND_TIER
+from foreshock.monitors.diagnosis import Row
+from foreshock.monitors.mechanisms import TABLE, UNKNOWN
 from foreshock.monitors.metrics import AXES, COSTS, MERGES, METRICS, SOURCES, Metric, family
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,44 @@ Where it applies and has no value at some step, the value is NaN:
 Squares are added up in float32: an rms or a norm of entries beyond 1.8e19 is infinite (finite gradients count as 1e15 at most),
 one of entries below 1e-23 is 0.
 """
+
+MECHANISMS = """\
+# Mechanisms: what an alarm may say
+
+`make docs` writes this page from the table by which alarms are named, `monitors/mechanisms.py`. It is read from the top: a row that
+makes its case takes its symptoms along, and what follows from them, so that one cause is one alarm.
+
+A symptom is a metric and the side on which it left: `router/entropy_norm-` fell. One of those under *seen by* must be out. An alarm
+says how sure it is: **proved** where an identity is broken or a value is not finite, **likely** where two different symptoms agree,
+**possible** where one speaks alone.
+
+*Raised*: at once; *confirmed*, in two samples or at most heads of the site together, for a fault of the hardware comes once and in
+one place; or once it has *lasted* for more than five samples, for something better may explain it meanwhile.
+
+Sources: [A] the algebra, [laws.md](laws.md); [P] arXiv 2606.28116; [F] arXiv 2510.04212; [W] arXiv 2309.14322; [Z] arXiv
+2303.06296; [S] arXiv 2202.08906; [B] arXiv 2408.15664; [X] arXiv 2410.11720; [M] measured, [log.md](log.md).
+
+"""
+WHEN = {"now": "at once", "confirmed": "confirmed", "lasting": "after it has lasted"}
+
+
+def mechanisms_page() -> str:
+    """The text of docs/mechanisms.md."""
+    return MECHANISMS + "\n".join(_mechanism(row) for row in (*TABLE, UNKNOWN))
+
+
+def _mechanism(row: Row) -> str:
+    condition = (row.condition.__doc__ or "").strip()
+    lines = [
+        f"## {row.mechanism[0].upper()}{row.mechanism[1:]}\n",
+        f"{row.says[0].upper()}{row.says[1:]}. **What to do:** {row.advice}\n",
+        f"- seen by: {', '.join(f'`{name}`' for name in row.leads) or 'any series that no other row explains'}",
+        *([f"- and: {' '.join(condition.split())}"] if condition else []),
+        *([f"- unless: {', '.join(f'`{name}`' for name in row.unless)}"] if row.unless else []),
+        f"- raised: {WHEN[row.when]}; {row.severity}; for {'each site' if row.scope == 'site' else 'the run'}",
+        *([f"- source: {row.source}"] if row.source else []),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def metrics_page() -> str:
@@ -118,6 +158,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def main() -> None:
     (ROOT / "docs/metrics.md").write_text(metrics_page(), encoding="utf-8")
+    (ROOT / "docs/mechanisms.md").write_text(mechanisms_page(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -135,8 +135,9 @@ class LawTest:
         # A forward beyond its floor tells a forward fault from a backward one even before it is an alarm of its own.
         strength = float(score[worst]) if confirmed else float(1 - 1 / excess[worst])
         index = worst if len(reading.values) > 1 else None
+        extent = float((excess > 1).mean()) if (excess > 1).sum() > 1 else 0.0
         shown = reading.values[worst] if excess[worst] >= lasting[worst] else lasting[worst] * limits[worst]
-        return [Finding(step, onset, site, law, float(shown), expected, +1, strength, index)]
+        return [Finding(step, onset, site, law, float(shown), expected, +1, strength, index, extent)]
 
     def _same_sign(
         self, step: int, onset: int, site: str, dtype: str, by_key: Mapping[tuple[str, str | None], Array]
@@ -162,7 +163,8 @@ class LawTest:
             return []
         expected = f"within {gross:.2g} of zero, or of mixed sign over heads and samples"
         score = max(1.0, abs(pooled) / gross)
-        return [Finding(step, onset, site, "law/bias_site", pooled, expected, 1 if pooled > 0 else -1, score)]
+        sign = 1 if pooled > 0 else -1
+        return [Finding(step, onset, site, "law/bias_site", pooled, expected, sign, score, extent=1.0)]
 
     def state_dict(self) -> dict[str, Any]:
         estimates = [[site, list(seen.items())] for site, seen in self._estimates.items()]
@@ -198,6 +200,6 @@ def _bias(step: int, reading: Reading, t: Array, site: str, dtype: str) -> list[
     value = float(reading.values[worst])
     expected = f"within {limit:.2g} of zero in {dtype}, or |t| below {policy.BIAS_T:g} (t = {t[worst]:.1f})"
     index = worst if len(reading.values) > 1 else None
-    return [
-        Finding(step, step, site, reading.metric, value, expected, 1 if value > 0 else -1, float(score[worst]), index)
-    ]
+    extent = float((score > 1).mean()) if (score > 1).sum() > 1 else 0.0
+    sign = 1 if value > 0 else -1
+    return [Finding(step, step, site, reading.metric, value, expected, sign, float(score[worst]), index, extent)]

@@ -14,8 +14,9 @@ class Finding:
     """One series that left what is expected of it, at one step.
 
     ``direction`` is +1 (too high) or -1 (too low); ``index`` the head or expert; ``score`` how far beyond the detector's own
-    limit (1 is at the limit; less is a hint, which alarms nobody but helps to name what does). A detector repeats a finding at
-    every sample for as long as it holds.
+    limit (1 is at the limit; less is a hint, which alarms nobody but helps to name what does). ``extent``: the share of several
+    heads or experts that are out together (0: one alone, or not known). A detector repeats a finding at every sample for as long
+    as it holds.
     """
 
     step: int
@@ -27,6 +28,7 @@ class Finding:
     direction: int
     score: float
     index: int | None = None
+    extent: float = 0.0
 
 
 @runtime_checkable

@@ -7,27 +7,38 @@ trend too).
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from foreshock.errors import ConfigError
 from foreshock.monitors.detectors import LawTest, Limits
-from foreshock.monitors.diagnosis import TABLE, UNKNOWN, Context, Diagnosis, diagnose
+from foreshock.monitors.diagnosis import Age, Context, Diagnosis, diagnose, key, ripe, symptom
 from foreshock.monitors.drift import Drift, Run
 from foreshock.monitors.finding import Detector, Finding
+from foreshock.monitors.mechanisms import TABLE, UNKNOWN
 from foreshock.monitors.metrics import metric
+from foreshock.monitors.rates import Rates
 from foreshock.records import Alarm, Reading, Site
 
-MEMORY = 20  # samples for which a finding that is no longer repeated still counts: consequences come later than causes
+# For so many samples, and so many steps, a finding that is no longer repeated still counts: consequences come later than causes.
+MEMORY, MEMORY_STEPS = 20, 200
 PATIENCE = 5  # samples that a symptom must last before it is called unknown or blamed on the data
-RATES = 200  # samples of the learning rate that its rise is measured over
-ORDER = {row.mechanism: place for place, row in reversed(list(enumerate((*TABLE, UNKNOWN))))}
+ROWS = (*TABLE, UNKNOWN)
 RANK = {"warning": 0, "critical": 1}
 PARTS = {"heads": "head", "kv_heads": "key/value head", "experts": "expert"}
 
 Key = tuple[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A finding as last heard, with its earliest onset and highest score; how often, and the last time in samples and steps."""
+
+    finding: Finding
+    samples: int
+    last: int
+    step: int
 
 
 class Judge:
@@ -54,37 +65,43 @@ class Judge:
             Drift(reference=baseline, warmup=warmup),
             *detectors,
         )
-        self._heard: dict[
-            tuple[str | None, str, int], tuple[Finding, int, int]
-        ] = {}  # last, first heard, samples since
-        self._open: dict[Key, str] = {}
-        self._rates: deque[float] = deque(maxlen=RATES)
-        self._warm = False
+        self._heard: dict[tuple[str | None, str, int], Heard] = {}
+        self._open: dict[Key, tuple[str, int]] = {}  # severity, and the row
+        self._rates = Rates()
         self._samples = 0
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Alarm]:
         """The alarms that are new at this step."""
         self._samples += 1
-        self._watch_rate(readings)
+        self._rates.update(readings)
         for detector in self.detectors:
             for finding in self._ask(detector, step, readings, sites):
-                self._remember(finding)
-        self._heard = {key: entry for key, entry in self._heard.items() if self._samples - entry[2] <= MEMORY}
-        rise = self._rates[-1] / min(self._rates) if self._rates and min(self._rates) > 0 else 1.0
-        context = Context(sites, rise)
-        diagnoses = [d for d in diagnose([entry[0] for entry in self._heard.values()], context) if self._ripe(d)]
-        out = [finding for finding, _, _ in self._heard.values() if finding.score >= 1]
+                self._remember(step, finding)
+        self._heard = {
+            k: h for k, h in self._heard.items() if self._samples - h.last <= MEMORY or step - h.step <= MEMORY_STEPS
+        }
+        ages = {k: Age(h.samples, self._samples - h.last) for k, h in self._heard.items()}
+        context = Context(sites, self._rates.rise, {(r.metric, r.site): r.values for r in readings}, ages)
+        made = diagnose([h.finding for h in self._heard.values()], context, TABLE, UNKNOWN)
+        out = [h.finding for h in self._heard.values() if h.finding.score >= 1]
         damaged = any(finding.metric == "run/loss" for finding in out)
-        self._open = {key: value for key, value in self._open.items() if any(key[1] in (None, f.site) for f in out)}
+        self._open = {k: value for k, value in self._open.items() if any(k[1] in (None, f.site) for f in out)}
         alarms = []
-        for diagnosis in diagnoses:
-            key = (diagnosis.row.mechanism, diagnosis.site)
-            severity = "critical" if damaged else diagnosis.row.severity
-            before = self._open.get(key)
-            if (before is None and self._spoken_for(key)) or (before is not None and RANK[severity] <= RANK[before]):
+        for diagnosis in made:
+            if not ripe(diagnosis, context, PATIENCE):
                 continue
-            self._open[key] = severity
-            alarms.append(alarm(step, diagnosis, severity, context))
+            name = (diagnosis.row.mechanism, diagnosis.site)
+            severity = "critical" if damaged else diagnosis.row.severity
+            before = self._open.get(name)
+            if (before is None and self._spoken_for(diagnosis)) or (
+                before is not None and RANK[severity] <= RANK[before[0]]
+            ):
+                continue
+            beside = [
+                f"{mechanism} at {_name(site, sites)}" for mechanism, site in self._open if (mechanism, site) != name
+            ]
+            self._open[name] = (severity, ROWS.index(diagnosis.row))
+            alarms.append(alarm(step, diagnosis, severity, context, beside))
         return alarms
 
     def _ask(
@@ -98,57 +115,57 @@ class Judge:
             self._on_error(f"detector {type(detector).__name__}", error)
             return []
 
-    def _spoken_for(self, key: Key) -> bool:
-        """An open alarm speaks for every mechanism further down the table, at its site or, if it is the run's, everywhere."""
-        return any(ORDER[name] < ORDER[key[0]] and site in (None, key[1]) for name, site in self._open)
+    def _spoken_for(self, diagnosis: Diagnosis) -> bool:
+        """An open alarm further up the table speaks for what it explains, at its site or as far as its consequences reach."""
+        row, lead = diagnosis.row, symptom(diagnosis.findings[0])
+        if row.independent:
+            return False
+        for (_, site), (_, position) in self._open.items():
+            other = ROWS[position]
+            explained = not row.leads or lead in (*other.leads, *other.explains)
+            if position < ROWS.index(row) and explained and (site in (None, diagnosis.site) or other.reach == "run"):
+                return True
+        return False
 
-    def _watch_rate(self, readings: Sequence[Reading]) -> None:
-        rate = next((float(r.values.max()) for r in readings if r.metric == "optim/lr"), None)
-        if rate is None:
-            return
-        self._warm = self._warm or (bool(self._rates) and rate <= self._rates[-1])
-        if not self._warm:
-            self._rates.clear()
-        self._rates.append(rate)
-
-    def _remember(self, finding: Finding) -> None:
-        key = (finding.site, finding.metric, finding.direction)
-        last, first, _ = self._heard.get(key, (finding, self._samples, 0))
-        merged = replace(finding, onset=min(last.onset, finding.onset), score=max(last.score, finding.score))
-        self._heard[key] = (merged, first, self._samples)
-
-    def _ripe(self, diagnosis: Diagnosis) -> bool:
-        if not diagnosis.row.patient:
-            return True
-        entries = [self._heard[f.site, f.metric, f.direction] for f in diagnosis.findings]
-        return any(last - first >= PATIENCE for _, first, last in entries)
+    def _remember(self, step: int, finding: Finding) -> None:
+        before = self._heard.get(key(finding))
+        samples = 1
+        if before is not None:
+            onset, score = min(before.finding.onset, finding.onset), max(before.finding.score, finding.score)
+            finding, samples = replace(finding, onset=onset, score=score), before.samples + 1
+        self._heard[key(finding)] = Heard(finding, samples, self._samples, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values: findings as dictionaries, detectors by position."""
         return {
             "detectors": [detector.state_dict() for detector in self.detectors],
-            "heard": [[asdict(finding), first, last] for finding, first, last in self._heard.values()],
-            "open": [[*key, severity] for key, severity in self._open.items()],
-            "clock": [list(self._rates), self._warm, self._samples],
+            "heard": [[asdict(h.finding), h.samples, h.last, h.step] for h in self._heard.values()],
+            "open": [[*name, *value] for name, value in self._open.items()],
+            "rates": self._rates.state_dict(),
+            "samples": self._samples,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for detector, saved in zip(self.detectors, state["detectors"], strict=False):
             detector.load_state_dict(saved)
-        heard = [(Finding(**finding), first, last) for finding, first, last in state["heard"]]
-        self._heard = {(entry[0].site, entry[0].metric, entry[0].direction): entry for entry in heard}
-        self._open = {(mechanism, site): severity for mechanism, site, severity in state["open"]}
-        rates, self._warm, self._samples = state["clock"]
-        self._rates = deque(rates, maxlen=RATES)
+        heard = [Heard(Finding(**finding), *rest) for finding, *rest in state["heard"]]
+        self._heard = {key(h.finding): h for h in heard}
+        self._open = {(mechanism, site): (severity, position) for mechanism, site, severity, position in state["open"]}
+        self._rates.load_state_dict(state["rates"])
+        self._samples = state["samples"]
 
 
-def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context) -> Alarm:
-    """The diagnosis as a record: the leading finding's numbers, everybody's evidence, and what to do."""
+def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context, beside: Sequence[str] = ()) -> Alarm:
+    """The diagnosis as a record: the leading finding's numbers, everybody's evidence, and what to do.
+
+    ``beside`` names the alarms that are open already.
+    """
     lead, row = diagnosis.findings[0], diagnosis.row
     onset = min(finding.onset for finding in diagnosis.findings if finding.score >= 1)
     evidence = [describe(finding, context.sites) for finding in diagnosis.findings]
     if "learning rate" in row.mechanism and context.lr_rise > 1:
-        evidence.append(f"optim/lr rose to {context.lr_rise:.3g} times its lowest since the warm-up")
+        evidence.append(f"optim/lr rose to {context.lr_rise:.3g} times the highest that the run was healthy with")
+    evidence += [f"at the same time: {other}" for other in beside]
     message = f"{row.mechanism} at {_where(lead, context.sites)}: {row.says}. {evidence[0]}. {row.advice}"
     axis = _axis(lead.metric)
     return Alarm(
@@ -160,6 +177,7 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context) -> A
         expected=lead.expected,
         severity=severity,
         mechanism=row.mechanism,
+        confidence=diagnosis.confidence,
         evidence=tuple(evidence),
         message=message,
         head=lead.index if axis in ("heads", "kv_heads") else None,
@@ -173,12 +191,16 @@ def describe(finding: Finding, sites: Mapping[str, Site]) -> str:
     return f"{finding.metric} at {_where(finding, sites)} is {value}, expected {finding.expected}; since about step {finding.onset}"
 
 
-def _where(finding: Finding, sites: Mapping[str, Site]) -> str:
-    if finding.site is None:
+def _name(site: str | None, sites: Mapping[str, Site]) -> str:
+    if site is None:
         return "the run"
-    site = sites.get(finding.site)
-    name = finding.site if site is None else site.name or site.id
-    if finding.index is None:
+    known = sites.get(site)
+    return site if known is None else known.name or known.id
+
+
+def _where(finding: Finding, sites: Mapping[str, Site]) -> str:
+    name = _name(finding.site, sites)
+    if finding.index is None or finding.site is None:
         return name
     axis = _axis(finding.metric)
     return (

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from foreshock.errors import RunError
-from foreshock.monitors import diagnosis
 from foreshock.monitors.ledger import beside, line, summary, where
+from foreshock.monitors.mechanisms import TABLE, UNKNOWN
 from foreshock.monitors.report_page import PAGE, STYLE
 from foreshock.monitors.report_panels import families, heatmaps, loss
 from foreshock.records import Alarm, Site
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EARLY = 100  # recorded steps below which a quiet run is called early
 SHOWN = 12  # alarms before the rest is folded away
-ADVICE = {row.mechanism: row.advice for row in (*diagnosis.TABLE, diagnosis.UNKNOWN)}
+ADVICE = {row.mechanism: row.advice for row in (*TABLE, UNKNOWN)}
 
 
 def write_report(run: Run, path: str | Path) -> Path:

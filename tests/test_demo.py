@@ -16,7 +16,7 @@ from foreshock.demo.departure import departure
 from foreshock.demo.kernel import Fault, Rounding
 from foreshock.demo.model import Config, Transformer
 from foreshock.demo.train import Ramp
-from foreshock.monitors.diagnosis import TABLE
+from foreshock.monitors.mechanisms import TABLE
 
 SCALE = 0.25
 

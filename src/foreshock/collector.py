@@ -114,7 +114,7 @@ class Collector:
         sites = [instance.site for instance in self.instances]
         found: list[Reading] = []
         for monitor in self.each_step:
-            found += self._guarded(f"monitor {type(monitor).__name__}", monitor.update, step, sites) or []
+            found += rounded(self._guarded(f"monitor {type(monitor).__name__}", monitor.update, step, sites) or [])
         if readings := [reading for reading in found if self._wanted(reading.metric)]:
             self._unjudged |= {(reading.metric, reading.site): reading for reading in readings}
             self._guarded("writing to the store", self.store.write, step, readings)
@@ -152,7 +152,7 @@ class Collector:
         readings = []
         for name, value in scalars:
             number = self._guarded(f"reading the logged `{name}`", float, value)
-            readings += [] if number is None else [Reading(f"run/{name}", None, np.array([number]))]
+            readings += [] if number is None else rounded([Reading(f"run/{name}", None, np.array([number]))])
         training = [s for s in samples if s.is_training()]
         self._trained.update(*(s.instances for s in training))
         if training:
@@ -174,10 +174,11 @@ class Collector:
         for monitor in self.weights:
             name = type(monitor).__name__
             readings += self._guarded(f"monitor {name}", monitor.update, step, sites) or []
+        readings = rounded(readings)
         by_id = {site.id: site for site in sites}
         for law in self.derived:
             name = type(law).__name__
-            readings += self._guarded(f"monitor {name}", law.update, step, readings, by_id) or []
+            readings += rounded(self._guarded(f"monitor {name}", law.update, step, readings, by_id) or [])
         return [reading for reading in readings if self._wanted(reading.metric)]
 
     def _finished(self, instance: Instance, quantities: Mapping[tuple[str, str], Array]) -> list[Reading]:
@@ -240,3 +241,9 @@ class Collector:
         except Exception as error:
             self.fail(what, error)
             return None
+
+
+def rounded(readings: Sequence[Reading]) -> list[Reading]:
+    """The readings as the store keeps them, to float32: whoever judges the stored run later sees what the judge saw."""
+    with np.errstate(over="ignore"):
+        return [Reading(r.metric, r.site, r.values.astype(np.float32).astype(np.float64)) for r in readings]

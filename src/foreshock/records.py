@@ -279,7 +279,10 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One finding. ``step`` is when it was heard, ``onset`` the estimate of when it began."""
+    """One finding. ``step`` is when it was heard, ``onset`` the estimate of when it began.
+
+    ``confidence`` in the mechanism: "proved" by an identity, "likely" where two symptoms agree, "possible" where one speaks alone.
+    """
 
     step: int
     onset: int
@@ -293,6 +296,7 @@ class Alarm:
     message: str
     head: int | None = None
     expert: int | None = None
+    confidence: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"evidence": list(self.evidence)}

@@ -26,8 +26,9 @@ from foreshock.monitors import (
     metric,
 )
 from foreshock.monitors.detectors import LawTest, Limits
-from foreshock.monitors.diagnosis import TABLE
 from foreshock.monitors.drift import Drift
+from foreshock.monitors.mechanisms import TABLE
+from foreshock.monitors.rates import Rates
 from foreshock.records import Alarm, Reading, Site
 
 SITES = {
@@ -72,6 +73,12 @@ class Stream:
             alarms += self.judge.update(10 * self.n, self.readings(change), SITES)
             self.n += 1
         return alarms
+
+
+def twice(stream: Stream, more: list[Reading], change=lambda name, site, values, n: values) -> list[Alarm]:
+    """Two samples with ``more`` in them: one head alone must be heard again, for a fault of the hardware would not be."""
+    assert stream.judge.update(600, stream.readings(change) + more, SITES) == []
+    return stream.judge.update(610, stream.readings(change) + more, SITES)
 
 
 def scaled(*names: str, by: float, site: str | None = "any", start: int = 60, stop: int = 10**9):
@@ -121,9 +128,84 @@ def test_a_broken_law_is_a_kernel_fault_whatever_the_learning_rate_does() -> Non
         return values * gain.get(name, 1)
 
     alarms = Stream().run(90, change)
-    assert {a.mechanism for a in alarms} == {"wrong attention backward"}
-    assert {a.site for a in alarms} == {"a0", "a1"}
-    assert {a.step for a in alarms} == {600}
+    first, second, third = alarms
+    assert {a.mechanism for a in (first, second)} == {"wrong attention backward"}
+    assert {a.site for a in (first, second)} == {"a0", "a1"}
+    assert {a.step for a in (first, second)} == {600}
+    # The learning rate did rise tenfold too: it is named, and said to stand beside what is open already.
+    assert (third.mechanism, third.severity) == ("learning rate too large", "warning")
+    assert any(
+        line.startswith("at the same time: wrong attention backward at layers.0.attn") for line in third.evidence
+    )
+
+
+@pytest.mark.parametrize(
+    "law", ["law/key_shift", "law/value_mass", "law/euler", "law/shadow", "law/hull", "law/router_shift"]
+)
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_law_that_one_head_breaks_once_is_a_corruption_of_data(law: str, every: int) -> None:
+    site = "r0" if "router" in law else "a1"
+    judge = Judge()
+
+    def update(step: int, values: list[float]) -> list[Alarm]:
+        return judge.update(step, [Reading(law, site, np.array(values))], SITES)
+
+    for n in range(30):
+        assert update(every * n, [1e-9] * 4) == []
+    assert update(every * 30, [1e-9, 0.9, 1e-9, 1e-9]) == []
+    (alarm,) = update(every * 31, [1e-9] * 4)
+    assert (alarm.mechanism, alarm.site, alarm.confidence) == ("silent data corruption", site, "proved")
+    assert alarm.onset == every * 30
+    for n in range(32, 400):
+        assert update(every * n, [1e-9] * 4) == []
+    assert update(every * 400, [1e-9, 1e-9, 0.9, 1e-9]) == []
+    assert len(update(every * 401, [1e-9] * 4)) == 1, "and once more when it comes again"
+
+
+def test_a_forward_that_most_heads_get_wrong_alike_is_a_wrong_scale_or_mask() -> None:
+    stream = Stream()
+    stream.run(60)
+    off = [Reading("law/shadow", "a0", np.array([0.3, 0.4, 0.5, 0.001]))]
+    (alarm,) = stream.judge.update(600, stream.readings(lambda name, site, values, n: values) + off, SITES)
+    assert (alarm.mechanism, alarm.head) == ("wrong softmax scale or mask", 2)
+
+
+def test_quantised_keys_break_the_euler_law_and_the_forward() -> None:
+    stream = Stream()
+    stream.run(60)
+    off = [Reading("law/shadow", "a0", np.full(4, 0.1)), Reading("law/euler", "a0", np.full(4, 0.6))]
+    (alarm,) = stream.judge.update(600, stream.readings(lambda name, site, values, n: values) + off, SITES)
+    assert alarm.mechanism == "altered queries or keys in the kernel"
+
+
+@pytest.mark.parametrize(
+    ("forward", "mechanism"), [(2.5e-3, "low-precision attention kernel"), (1e-4, "wrong attention backward")]
+)
+def test_a_bias_that_the_forward_does_not_have_is_the_backwards_own(forward: float, mechanism: str) -> None:
+    stream = Stream()
+    stream.run(60)
+    bias = [
+        Reading("law/bias", "a0", np.full(4, 2.8e-3)),
+        Reading("law/bias_t", "a0", np.full(4, 40.0)),
+        Reading("law/bias_site", "a0", np.array([2.8e-3])),
+        Reading("law/bias_site_t", "a0", np.array([80.0])),
+        Reading("attention/shadow_bias", "a0", np.full(4, forward)),
+    ]
+    (alarm,) = stream.judge.update(600, stream.readings(lambda name, site, values, n: values) + bias, SITES)
+    assert alarm.mechanism == mechanism
+
+
+def test_a_restarted_schedule_is_no_rise_of_the_learning_rate() -> None:
+    rates = Rates()
+    schedule = [*np.linspace(0.1, 1, 10), *np.linspace(1, 0.05, 100), *np.linspace(0.1, 1, 10), *[1.0] * 20]
+    for rate in schedule:
+        rates.update([Reading("optim/lr", None, np.array([rate]))])
+        assert rates.rise == 1.0
+    rates.update([Reading("optim/lr", None, np.array([3.0]))])
+    assert (rates.rise, rates.healthy) == (3.0, 1.0)
+    other = Rates()
+    other.load_state_dict(json.loads(json.dumps(rates.state_dict())))
+    assert (other.rise, other.healthy) == (3.0, 1.0)
 
 
 @pytest.mark.parametrize("law", ["law/hull", "law/shadow"])
@@ -134,7 +216,7 @@ def test_a_forward_that_is_off_alone_is_a_wrong_forward(law: str) -> None:
         Reading(law, "a0", np.array([0.001, 0.5, 0.001, 0.001])),
         Reading("attention/shadow_bias", "a0", np.full(4, -0.2)),
     ]
-    (alarm,) = stream.judge.update(600, stream.readings(lambda name, site, values, n: values) + off, SITES)
+    (alarm,) = twice(stream, off)
     assert (alarm.mechanism, alarm.site, alarm.head, alarm.metric) == ("wrong attention forward", "a0", 1, law)
     assert ("along the output by -0.2" in alarm.message) == (law == "law/shadow")
 
@@ -172,8 +254,7 @@ def test_a_router_law_is_held_to_the_routers_own_dtype() -> None:
 def test_a_broken_router_law_is_named_whatever_the_learning_rate_does(law: str, value: float, mechanism: str) -> None:
     stream = Stream()
     stream.run(60)
-    readings = stream.readings(scaled("optim/lr", "router/load", by=10, start=0))
-    (alarm,) = stream.judge.update(600, [*readings, Reading(law, "r0", np.array([value]))], SITES)
+    (alarm,) = twice(stream, [Reading(law, "r0", np.array([value]))], scaled("optim/lr", "router/load", by=10, start=0))
     assert (alarm.mechanism, alarm.severity) == (mechanism, "critical")
 
 
@@ -205,7 +286,7 @@ def test_a_biased_rounding_is_named_with_its_head() -> None:
     stream.run(60, change)
     t = np.array([3.0, 40.0, 8.0, -2.0])
     pooled = [Reading("law/bias", "a0", np.array([1e-4, 2.8e-3, 1.2e-3, -1e-4])), Reading("law/bias_t", "a0", t)]
-    (alarm,) = stream.judge.update(600, stream.readings(change) + pooled, SITES)
+    (alarm,) = twice(stream, pooled, change)
     assert (alarm.mechanism, alarm.head, alarm.metric) == ("low-precision attention kernel", 1, "law/bias")
     assert alarm.severity == "critical"
     assert "t = 40.0" in alarm.message

@@ -23,8 +23,8 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foreshock import Watch
-from foreshock.monitors.diagnosis import KERNEL
 from foreshock.monitors.laws import GAINS, floor, growth
+from foreshock.monitors.mechanisms import KERNEL
 from foreshock.monitors.policy import BACKWARD_LAWS, FORWARD_LAWS
 
 SEED = 7

@@ -118,14 +118,14 @@ def test_a_correct_router_kernel_keeps_its_laws(one_thread, dtype: torch.dtype) 
 def test_a_wrong_backward_is_named(one_thread, fault: str, dtype: torch.dtype) -> None:
     watch = _watched(fault, dtype)
     assert {alarm.mechanism for alarm in watch.alarms} == {"wrong router backward"}
-    assert watch.alarms[0].step == 0
+    assert watch.alarms[0].step == 1  # heard at the first step, confirmed at the second
     assert (watch.series("law/token_count")[1] == 0).all()
 
 
 def test_an_expert_taken_twice_is_named(one_thread) -> None:
     watch = _watched("one expert twice", torch.float32)
     np.testing.assert_allclose(watch.series("law/token_count")[1].reshape(-1), 1 / (T * K))
-    assert [(alarm.step, alarm.mechanism) for alarm in watch.alarms] == [(0, "wrong expert choice")]
+    assert [(alarm.step, alarm.mechanism) for alarm in watch.alarms] == [(1, "wrong expert choice")]
 
 
 @pytest.mark.parametrize(("value", "lost"), [(E, 1), (-7, 1), (2**40, 1), (-1, 0)])
