@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -233,25 +232,11 @@ def test_mistakes_are_told_at_construction(options: dict[str, Any], message: str
 def job(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks went through, in every scenario of `ranks`."""
     out = tmp_path_factory.mktemp("job")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    together = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(out)]
-    logs = [out / f"rank{rank}.log" for rank in range(2)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        with log.open("w") as file:
-            ranks.append(subprocess.Popen(command, env=together | {"RANK": str(rank)}, stdout=file, stderr=file))
-    try:
-        for rank in ranks:
-            rank.wait(timeout=100)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    printed = [log.read_text() for log in logs]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(printed)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(Path(__file__).with_name("ranks.py")), str(out)]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
