@@ -80,14 +80,16 @@ class Watch:
     ) -> None:
         monitors = [monitors] if isinstance(monitors, str) else list(monitors or ())
         named = tuple(m for m in monitors if isinstance(m, str))
-        single = isinstance(baseline, str | os.PathLike)
+        references = list(baseline) if isinstance(baseline, list | tuple) else [baseline]
         row = actions(on_alarm)
         given = {
             "run": None if run is None else os.fspath(run),
             "every": every,
             "inner": inner if isinstance(inner, str) else None,
             "monitors": named or None,
-            "baseline": None if baseline is None else tuple(map(os.fspath, [baseline] if single else baseline)),  # type: ignore[arg-type]
+            "baseline": None
+            if baseline is None
+            else [os.fspath(x) if isinstance(x, os.PathLike) else x for x in references],
             "on_alarm": names(row),
             "debounce": debounce,
             "strict": strict,
@@ -114,7 +116,7 @@ class Watch:
         self._started = time.perf_counter()
         self.rewriting_seconds = 0.0
         store: Store = MemoryStore() if self.settings.run is None else RunStore(of_this_rank(self.settings.run))
-        references = [open_run(path) for path in self.settings.baseline]
+        healthy = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
         stride = max(min(self.settings.windows), self.settings.every)
@@ -132,7 +134,7 @@ class Watch:
             weights=[*([self._state["router"]] if "router" in self.families else []), *own],
             each_step=[self._state["spectra"]] if "spectra" in self.families else [],
             steps=steps,
-            judge=Judge(references, detectors=detectors or (), on_error=self.fail),
+            judge=Judge(healthy, detectors=detectors or (), on_error=self.fail),
             sinks=[ConsoleSink(), *sinks],
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
