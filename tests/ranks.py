@@ -20,14 +20,16 @@ from foreshock.monitors import Finding
 
 STEPS = 14
 HEARD = 5  # the first step at which rank 1 finds something
-# name -> on_alarm, every, whether rank 0 has a site, whether rank 1 reaches the store
+NEVER = 10**6
+# name -> on_alarm, every, whether rank 0 has a site, how often rank 1 fails to reach the store after it found something
 SCENARIOS = {
-    "stop": ("stop", 1, True, True),
-    "stop, sampled": ("stop", 3, True, True),
-    "raise": ("raise", 1, True, True),
-    "raise, without a site": ("raise", 2, False, True),
-    "stop, without a store": ("stop", 1, True, False),
-    "stop, after all of these": ("warn, stop", 1, False, True),
+    "stop": ("stop", 1, True, 0),
+    "stop, sampled": ("stop", 3, True, 0),
+    "raise": ("raise", 1, True, 0),
+    "raise, without a site": ("raise", 2, False, 0),
+    "stop, without a store": ("stop", 1, True, NEVER),
+    "stop, on a second attempt": ("stop", 1, True, 1),
+    "stop, after all of these": ("warn, stop", 1, False, 0),
 }
 
 
@@ -79,8 +81,20 @@ def train(watch: Watch, sited: bool) -> dict[str, object]:
     return {"step": watch.step, "stop": watch.stop_requested, "raised": raised, "sites": len(watch.sites)}
 
 
-def unreachable():
-    raise ConnectionError("nobody answers")
+class Unreachable:
+    """A store that has no answer for a while, once something is written."""
+
+    def __init__(self, store, failures: int) -> None:
+        self.store, self.failures = store, failures
+
+    def compare_set(self, *args):
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("nobody answers")
+        return self.store.compare_set(*args)
+
+    def __getattr__(self, name):
+        return getattr(self.store, name)
 
 
 def main(out: Path) -> None:
@@ -88,11 +102,12 @@ def main(out: Path) -> None:
     distributed.init_process_group("gloo")
     rank, connect = distributed.get_rank(), _torch.job_store
     found = {}
-    for name, (on_alarm, every, sited, reaches) in SCENARIOS.items():
+    for name, (on_alarm, every, sited, failures) in SCENARIOS.items():
         torch.manual_seed(rank)
         heard = Heard()
         logging.getLogger("foreshock").addHandler(heard)
-        _torch.job_store = connect if reaches or rank == 0 else unreachable
+        flaky = Unreachable(connect(), failures)
+        _torch.job_store = connect if rank == 0 else lambda flaky=flaky: flaky
         called: list[int] = []
         row = [on_alarm, lambda alarm, called=called: called.append(alarm.step)]
         watch = Watch(every=every, inner="eager", on_alarm=row, detectors=[Finds()])

@@ -31,8 +31,9 @@ def is_shared() -> bool:
 class Agreement:
     """The same alarm at the same step on every rank. ``every``: how often to look, in steps, the same on all ranks.
 
-    ``fail`` is told of a store that does not answer; then nothing is agreed, and this rank does not act by itself. Agreements of
-    a process are told apart by the order in which they are made, which must be the same on every rank.
+    ``fail`` is told of a store that does not answer; then nothing is agreed, this rank does not act by itself, and asks again at
+    its next sampled step. Agreements of a process are told apart by the order in which they are made, which must be the same on
+    every rank.
     """
 
     _made = 0  # in this process; asking the store would lead ranks apart where it does not answer one of them
@@ -43,19 +44,19 @@ class Agreement:
         Agreement._made += 1
         self._number = Agreement._made
         self._turn = 0  # agreements that this rank has acted on
+        self._heard: Alarm | None = None  # on this rank, and not in the store yet
         self._agreed: tuple[int, Alarm] | None = None
 
     def propose(self, alarm: Alarm, step: int) -> None:
         """This rank heard ``alarm`` while at ``step``: bind all ranks to a later one, or learn what they are bound to."""
         if self._agreed is None:
-            at = (step // self._every + AHEAD) * self._every
-            told = json.dumps({"step": at, "rank": distributed.get_rank(), "alarm": alarm.to_json()})
-            self._ask(lambda store: self._take(store.compare_set(self._key(), "", told)))
+            self._heard = self._heard or alarm
+            self._ask(step)
 
     def reached(self, step: int) -> Alarm | None:
         """Call once a step is over: the alarm that all ranks act on now, if there is one."""
         if self._agreed is None and step % self._every == 0:
-            self._ask(self._look)
+            self._ask(step)
         if self._agreed is None or step < self._agreed[0]:
             return None
         (at, alarm), self._agreed = self._agreed, None
@@ -64,28 +65,26 @@ class Agreement:
             _log.warning("acting at step %d on an alarm for which all ranks were bound to step %d", step, at)
         return alarm
 
-    def _look(self, store: Any) -> None:
-        if store.check([self._key()]):
-            self._take(store.get(self._key()))
-
-    def _take(self, text: bytes) -> None:
-        told = json.loads(text)
-        self._agreed = told["step"], Alarm.from_json(told["alarm"])
-        _log.warning("rank %d heard an alarm; all ranks act at step %d: %s", told["rank"], *self._shown(self._agreed))
-
-    def _ask(self, question: Callable[[Any], None]) -> None:
-        """Put ``question`` to the store; after a failure the next one goes through a new connection."""
+    def _ask(self, step: int) -> None:
+        """Write to the store or read it; after a failure the next attempt goes through a new connection."""
         try:
             if self._store is None:
                 self._store = _torch.job_store()
-            question(self._store)
+            if self._heard is not None:
+                at = (step // self._every + AHEAD) * self._every
+                told = json.dumps({"step": at, "rank": distributed.get_rank(), "alarm": self._heard.to_json()})
+                self._take(self._store.compare_set(self._key(), "", told))
+            elif self._store.check([self._key()]):
+                self._take(self._store.get(self._key()))
         except Exception as error:
             self._store = None
             self._fail(WHAT, error)
 
+    def _take(self, text: bytes) -> None:
+        told = json.loads(text)
+        at, alarm, self._heard = told["step"], Alarm.from_json(told["alarm"]), None
+        self._agreed = at, alarm
+        _log.warning("rank %d heard an alarm; all ranks act at step %d: %s", told["rank"], at, alarm.message)
+
     def _key(self) -> str:
         return f"alarm/{self._number}/{self._turn}"
-
-    @staticmethod
-    def _shown(agreed: tuple[int, Alarm]) -> tuple[int, str]:
-        return agreed[0], agreed[1].message
