@@ -26,6 +26,7 @@ PRIVATE = ("torch._dynamo", "torch._guards", "torch._inductor", "torch._subclass
 PUBLIC = [
     "Alarm",
     "AlarmRaised",
+    "CheckpointGuard",
     "ConfigError",
     "Coverage",
     "ForeshockError",

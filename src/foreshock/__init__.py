@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foreshock.checkpoints import CheckpointGuard
 from foreshock.errors import AlarmRaised, ConfigError, ForeshockError, PatternError, RunError
 from foreshock.reader import Run, open_run
 from foreshock.records import Alarm, Coverage, Probe, Reading, Site, SiteStatus, WeightView
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Alarm",
     "AlarmRaised",
+    "CheckpointGuard",
     "ConfigError",
     "Coverage",
     "ForeshockError",

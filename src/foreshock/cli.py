@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -16,7 +17,8 @@ import typer
 from foreshock.errors import ForeshockError
 
 if TYPE_CHECKING:
-    from foreshock.records import Coverage
+    from foreshock.monitors.compare import Comparison
+    from foreshock.records import Alarm, Coverage
 
 app = typer.Typer(
     help="Early warning for large-model training.",
@@ -142,10 +144,33 @@ def alarms(run: RunFolder, as_json: AsJson = False) -> None:
     if as_json:
         _print_json([alarm.to_json() for alarm in found])
         return
-    for alarm in found:
-        print(f"step {alarm.step} ({alarm.since}) {alarm.severity}: {' '.join(alarm.message.split())}")
-    if not found:
-        print("no alarms")
+    _print_alarms(found)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="HEALTHY... RUN", help="Run folders: references, then the run.")],
+    align: Annotated[str, typer.Option(metavar="step|tokens", help="What makes two samples the same place.")] = "step",
+    every: Annotated[bool, typer.Option("--all", help="Every series outside the band, not only the first 25.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say since when, where and how far RUN, the last one named, differs from HEALTHY references."""
+    from foreshock.monitors.compare import compare as compared
+    from foreshock.reader import open_run
+    from foreshock.rejudge import rejudge
+
+    if len(runs) < 2:
+        raise typer.BadParameter(
+            f"got one run, {runs[0]}: name the healthy references before it", param_hint="HEALTHY... RUN"
+        )
+    with ExitStack() as stack:
+        *others, opened = [stack.enter_context(open_run(path)) for path in runs]
+        comparison = compared(opened, others, align=align)
+        alarms = rejudge(opened, baseline=others, align=align)
+    if as_json:
+        _print_json(comparison.to_json() | {"alarms": [alarm.to_json() for alarm in alarms]})
+    else:
+        _print_comparison(comparison, alarms, None if every else 25)
 
 
 @app.command()
@@ -172,6 +197,44 @@ def demo(
     from foreshock.demo.driver import SEED, run_demo
 
     raise typer.Exit(run_demo(out, quick, SEED if seed is None else seed))
+
+
+def _print_alarms(alarms: Sequence[Alarm]) -> None:
+    for alarm in alarms:
+        print(f"step {alarm.step} (since about {alarm.onset}) {alarm.severity}: {' '.join(alarm.message.split())}")
+    if not alarms:
+        print("no alarms")
+
+
+def _print_comparison(comparison: Comparison, alarms: Sequence[Alarm], most: int | None) -> None:
+    c = comparison
+    first, last = (f"{place:.0f}" for place in c.span)
+    print(
+        f"{c.run} beside {', '.join(c.references)}: {c.series} series at {c.sites} sites, {c.align} {first} to {last}"
+    )
+    for text in c.missing:
+        print(f"  {text}")
+    print("\nAlarms, with the references as baseline:")
+    _print_alarms(alarms)
+    if not c.departures:
+        print("\nNo series ends outside the references' band.")
+        return
+    started = sum(departure.started for departure in c.departures)
+    print(f"\n{len(c.departures)} series end outside the references' band, {started} of them from the start (*):")
+    rows = [
+        [d.metric, d.site or "", d.over, f"{d.first}{'*' * d.started}", _widths(d.end), f"{_widths(d.worst)} at {d.worst_step}",
+         d.direction]
+        for d in c.departures[:most]
+    ]  # fmt: skip
+    _print_table(("metric", "site", "over", "from step", "widths at the end", "at worst", "direction"), rows)
+    if len(rows) < len(c.departures):
+        print(f"and {len(c.departures) - len(rows)} more: --all")
+
+
+def _widths(distance: float) -> str:
+    if not math.isfinite(distance):
+        return "not finite"
+    return f"{distance:+.1f}" if abs(distance) < 1000 else f"{math.copysign(1000, distance):+.0f} or more"
 
 
 def _print_coverage(coverage: Coverage, every: bool) -> None:

@@ -34,6 +34,7 @@ class Settings:
 
     ``align``: compare with the baseline at the same "step", or at the same count of logged "tokens".
     ``steps_per_false_alarm``: healthy steps in which all tests together may be wrong once.
+    ``on_alarm`` may name several actions, separated by commas; ``debounce`` is in steps.
     """
 
     run: str | None = None
@@ -44,6 +45,7 @@ class Settings:
     align: str = "step"
     steps_per_false_alarm: int = STEPS_PER_FALSE_ALARM
     on_alarm: str = "warn"
+    debounce: int = 100
     strict: bool = False
     rows: int = 16
     windows: tuple[int, ...] = (10, 50)
@@ -138,8 +140,12 @@ def _problem(key: str, value: Any) -> str:
         return f"must be at least 1, got {value}"
     if key == "windows" and (not value or min(value) < 1):
         return f"must be steps of at least 1, got {value!r}"
-    if key in CHOICES and value not in CHOICES[key]:
-        return f"must be one of {', '.join(CHOICES[key])}, got {value!r}{nearest(value, CHOICES[key])}"
+    if key == "debounce" and value < 0:
+        return f"must be steps, at least 0, got {value}"
+    several = value.split(",") if key == "on_alarm" else [value]
+    for name in [name.strip() for name in several] if key in CHOICES else ():
+        if name not in CHOICES[key]:
+            return f"must be one of {', '.join(CHOICES[key])}, got {name!r}{nearest(name, CHOICES[key])}"
     for family in value or () if key == "monitors" else ():
         if family not in FAMILIES and family not in GROUPS:
             known = (*FAMILIES, *GROUPS)

@@ -7,6 +7,7 @@ raises, outside `flush` and `close`.
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -25,6 +26,12 @@ Key = tuple[str, str | None]
 COMPACT = 256  # tail rows of one layout that become chunks
 CHUNK = 512  # about the numbers in a chunk: small beside a page, so that pages fill up
 PENDING = 4096  # steps kept in memory while the disk refuses them; the oldest go first
+
+
+def of_this_rank(run: str) -> str:
+    """Each process of a distributed job keeps a run folder of its own, ``RUN/rank3``."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
+    return run if alone else os.path.join(run, f"rank{os.environ.get('RANK', '0')}")
 
 
 class MemoryStore(Queries):

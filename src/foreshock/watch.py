@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from foreshock import _torch
+from foreshock.acting import Acting, OnAlarm, actions, names
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
 from foreshock.config import Settings, families, load_settings
-from foreshock.errors import AlarmRaised
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.masters import Masters
@@ -29,7 +29,7 @@ from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
 from foreshock.runtime import Sample
-from foreshock.store import MemoryStore, RunStore
+from foreshock.store import MemoryStore, RunStore, of_this_rank
 
 _log = logging.getLogger("foreshock")
 _EVERYTHING = 2**62
@@ -50,7 +50,9 @@ class Watch:
         baseline: run folders of healthy references.
         align: compare with them at the same "step", or at the same count of ``watch.log(tokens=...)``: "tokens".
         steps_per_false_alarm: healthy steps in which all tests together may raise one alarm (100,000); fewer find faults sooner.
-        on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), or a callable taking the `Alarm`.
+        on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), a callable taking the `Alarm`, or a row of
+            these; in a distributed job "raise" and "stop" happen on all ranks at one step (docs/acting.md).
+        debounce: steps in which further alarms of a mechanism, at other sites, do not act again.
         sinks: more receivers of readings and alarms.
         strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
         probes: `Probe`s for further kinds of site, or beside the built-in ones at attentions and routers; a probe replaces the one
@@ -71,7 +73,8 @@ class Watch:
         baseline: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         align: str | None = None,
         steps_per_false_alarm: int | None = None,
-        on_alarm: str | Callable[[Alarm], None] | None = None,
+        on_alarm: OnAlarm | None = None,
+        debounce: int | None = None,
         sinks: Sequence[Any] = (),
         strict: bool | None = None,
         rows: int | None = None,
@@ -81,16 +84,20 @@ class Watch:
     ) -> None:
         monitors = [monitors] if isinstance(monitors, str) else list(monitors or ())
         named = tuple(m for m in monitors if isinstance(m, str))
-        single = isinstance(baseline, str | os.PathLike)
+        references = list(baseline) if isinstance(baseline, list | tuple) else [baseline]
+        row = actions(on_alarm)
         given = {
             "run": None if run is None else os.fspath(run),
             "every": every,
             "inner": inner if isinstance(inner, str) else None,
             "monitors": named or None,
-            "baseline": None if baseline is None else tuple(map(os.fspath, [baseline] if single else baseline)),  # type: ignore[arg-type]
+            "baseline": None
+            if baseline is None
+            else [os.fspath(x) if isinstance(x, os.PathLike) else x for x in references],
+            "on_alarm": names(row),
+            "debounce": debounce,
             "align": align,
             "steps_per_false_alarm": steps_per_false_alarm,
-            "on_alarm": on_alarm if isinstance(on_alarm, str) else None,
             "strict": strict,
             "rows": rows,
             "windows": None if windows is None else tuple(windows),
@@ -106,7 +113,7 @@ class Watch:
         self.on_match: Callable[[GraphView, Match], None] | None = None  # called with every match of a capture
         self.families = families(self.settings.monitors)
         self._probes = {(probe.kind, probe.name): probe for probe in (*built_in(self.families), *probes)}
-        self._act = on_alarm if callable(on_alarm) else self.settings.on_alarm
+        self.acting = Acting(row, self.settings, self._stop, self.fail)
         self._reported: dict[str, str] = {}
         self._unmatched: dict[str, None] = {}
         self._fallbacks = Fallbacks()
@@ -114,8 +121,8 @@ class Watch:
         self._closed = False
         self._started = time.perf_counter()
         self.rewriting_seconds = 0.0
-        store: Store = MemoryStore() if self.settings.run is None else RunStore(_of_this_rank(self.settings.run))
-        references = [open_run(path) for path in self.settings.baseline]
+        store: Store = MemoryStore() if self.settings.run is None else RunStore(of_this_rank(self.settings.run))
+        healthy = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
         stride = max(min(self.settings.windows), self.settings.every)
@@ -134,14 +141,14 @@ class Watch:
             each_step=[self._state["spectra"]] if "spectra" in self.families else [],
             steps=steps,
             judge=Judge(
-                references,
+                healthy,
                 detectors=detectors or (),
                 on_error=self.fail,
                 steps_per_false_alarm=self.settings.steps_per_false_alarm,
                 align=self.settings.align,
             ),
             sinks=[ConsoleSink(), *sinks],
-            on_alarm=self._on_alarm,
+            on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
         )
         self._hooks = [_torch.on_optimizer_step(self._after_optimizer_step)]
@@ -223,10 +230,12 @@ class Watch:
         """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""
         if self._closed:
             return
+        self.acting.closing = True
         try:
             self._catch_up()
             self.collector.finish(_EVERYTHING)
             self.flush()
+            self.acting.settle()
         finally:
             self._closed = True
             for hook in self._hooks:
@@ -259,6 +268,7 @@ class Watch:
             "monitors": monitors,
             "judge": self.collector.judge.state_dict(),
             "collector": self.collector.state_dict(),
+            "acting": self.acting.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,6 +279,7 @@ class Watch:
             monitor.load_state_dict(state["monitors"][name])
         self.collector.judge.load_state_dict(state["judge"])
         self.collector.load_state_dict(state["collector"])
+        self.acting.load_state_dict(state["acting"])
 
     @property
     def closed(self) -> bool:
@@ -292,6 +303,7 @@ class Watch:
         self.clock.forward()
         if self.clock.step != self._finished:
             self._catch_up()
+            self.acting.settle()
         return self.is_sampled(self.clock.step)
 
     def deliver(self, sample: Sample) -> None:
@@ -314,6 +326,9 @@ class Watch:
         if what not in self._reported:
             self._reported[what] = f"{what}: {type(error).__name__}: {error}"
             _log.warning("%s (training goes on)", self._reported[what])
+
+    def _stop(self) -> None:
+        self.stop_requested = True
 
     def _statuses(self) -> tuple[SiteStatus, ...]:
         trained = self.collector.trained
@@ -344,24 +359,7 @@ class Watch:
         except Exception as error:
             self.fail("reading the optimizer", error)
         self.clock.tick(optimizer)
-
-    def _on_alarm(self, alarm: Alarm) -> None:
-        if callable(self._act):
-            try:
-                self._act(alarm)
-            except Exception as error:
-                self.fail("calling on_alarm", error)
-        elif self._act == "raise":
-            raise AlarmRaised(alarm)
-        elif self._act == "stop":
-            self.stop_requested = True
-
-
-def _of_this_rank(run: str) -> str:
-    """Each process of a distributed job keeps a run folder of its own, ``RUN/rank3``."""
-    return (
-        run if int(os.environ.get("WORLD_SIZE", "1")) < 2 else os.path.join(run, f"rank{os.environ.get('RANK', '0')}")
-    )
+        self.acting.after_step(self.clock.step)
 
 
 _default: Watch | None = None
