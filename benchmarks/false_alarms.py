@@ -128,10 +128,8 @@ def bias(rng: np.random.Generator, samples: int) -> None:
     scatters by 0.03u (`laws.floor`).
     """
     heads = 10
-    print(
-        "\nrounding bias: at most 0.15\n| sizes of samples | noise | t alone | t alone, 1000 times the budget (at most 150) | t and c |"
-    )
-    print("|---|---|---|---|---|")
+    print("\nrounding bias: at most 0.15; third column: of a budget 1000 times as large, at most 150")
+    print("| sizes of samples | noise | t alone | t alone, of 150 | t and c |\n|---|---|---|---|---|")
     for spread in (0.0, 1.0):
         for name, noise in (("normal", gaussian), ("t4", student)):
             found = np.zeros(3)

@@ -13,10 +13,10 @@ import numpy as np
 from foreshock.monitors import Judge
 from foreshock.records import Reading, Site
 
-METRICS = ("law/key_shift", "law/value_mass", "law/euler", "law/hull", "law/shadow", "law/key_gain", "law/bias_num", "law/bias_den",
-           "attention/logit_max", "attention/entropy_norm", "attention/delta2_norm", "attention/nonfinite", 
-           "attention/grad_nonfinite", "attention/lse", "attention/delta2_effective_rank@50", "attention/sink", "attention/q_rms", "attention/k_rms",
-           "attention/v_rms", "attention/out_rms")  # fmt: skip
+LAWS = ("key_shift", "value_mass", "euler", "hull", "shadow", "key_gain", "bias_num", "bias_den")
+JUDGED = ("logit_max", "entropy_norm", "delta2_norm", "delta2_effective_rank@50", "nonfinite", "grad_nonfinite", "lse")
+SHOWN = ("sink", "q_rms", "k_rms", "v_rms", "out_rms")
+METRICS = (*(f"law/{name}" for name in LAWS), *(f"attention/{name}" for name in (*JUDGED, *SHOWN)))
 LEVEL = {"attention/nonfinite": 0.0, "attention/grad_nonfinite": 0.0, "attention/logit_max": 8.0, "law/bias_den": 1.0}
 HEADS, SAMPLES, TIMED = 8, 60, 9
 
