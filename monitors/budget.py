@@ -2,8 +2,8 @@
 
 *The sequential tests.* An e-detector is a process ``M_t = max(M_{t-1}, 1) * L_t`` whose factors have ``E[L_t | past] <= 1`` in
 health (Shin, Ramdas and Rinaldo, arXiv 2203.03532, section 2). As ``max(M, 1) <= M + 1``, ``E[M_t - t]`` never rises, so that
-``E[M_T] <= E[T]`` for every stopping time T. At the first time T that M reaches c, ``c <= E[M_T] <= E[T]``: the average run length to
-a false alarm is at least c, whatever the law of the samples and however they depend on each other.
+``E[M_T] <= E[T]`` for every stopping time T. At the first time T that M reaches c, ``c <= E[M_T] <= E[T]``: the average run length
+to a false alarm is at least c, whatever the law of the samples and however they depend on each other.
 
 The sum of pushes ``clip(z) - slack`` of `foreshock.monitors.detectors.cusum` is the logarithm of such a process, floored at zero,
 with ``L = exp(clip(z) - slack)`` and slack 1.5. The condition is ``E[exp(clip(z)) | past] <= e^1.5``. A Gaussian z of standard
@@ -17,8 +17,8 @@ alarm are the steps per alarm over the steps between samples, over the share of 
 
 *The t-tests*, of the rounding bias and of slopes, are asked anew at every sample, of every series: by the union bound each may be
 wrong with the probability 1 / (samples per alarm * tests a sample). Their windows overlap, so neighbouring answers are nearly the
-same; the bound needs no independence and only overstates the rate. That the jackknife t of n samples follows Student's law with n - 1
-degrees of freedom holds for samples alike in size; few samples need a far larger t.
+same; the bound needs no independence and only overstates the rate. That the jackknife t of n samples follows Student's law with
+n - 1 degrees of freedom holds for samples alike in size; few samples need a far larger t.
 
 Laws against their floors, hard limits and non-finite values have no chance of error to spend: their limits are no quantiles.
 """

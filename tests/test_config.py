@@ -45,6 +45,8 @@ def test_variables_have_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     [
         ("evry = 1", r"foreshock\.toml: there is no setting 'evry' \(did you mean every\?\)"),
         ("every = 0", "every must be at least 1, got 0"),
+        ("steps_per_false_alarm = 0", "steps_per_false_alarm must be at least 1, got 0"),
+        ('align = "token"', r"align must be one of step, tokens, got 'token' \(did you mean tokens"),
         ("every = true", "every must be int, got True"),
         ('every = "2"', "every must be int, got '2'"),
         ('monitors = ["lawz"]', r"monitors names 'lawz' \(did you mean laws\?\)"),

@@ -128,8 +128,8 @@ class BiasTest:
 def split(steps_W: Array, num_W: Array, den_W: Array) -> tuple[int, tuple[int, int]]:
     """Where a bias of zero most likely became one of c, and the steps between which it likely did.
 
-    Of a sum ``num = c * den + noise`` whose noise has a variance in proportion to ``den``, the residual of "0 before k, c from k on"
-    is ``sum num^2 / den - (sum_k num)^2 / sum_k den``, and the log-likelihood ``-n/2`` times its logarithm. NaN: not filled.
+    Of a sum ``num = c * den + noise`` whose noise has a variance in proportion to ``den``, the residual of "0 before k, c from
+    k on" is ``sum num^2 / den - (sum_k num)^2 / sum_k den``, and the log-likelihood ``-n/2`` times its logarithm. NaN: not filled.
     """
     known = np.isfinite(num_W) & np.isfinite(den_W)
     steps, num, den = steps_W[known], num_W[known], den_W[known]

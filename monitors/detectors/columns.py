@@ -35,7 +35,7 @@ class Columns:
         return metric in self._wanted
 
     def row(self, readings: Sequence[Reading]) -> tuple[Array, Array, Array]:
-        """Values in the trend's unit, raw values (NaN where there is none), and the worst head or expert (-1: none), each ``[S]``."""
+        """Values in the trend's unit, raw values (NaN: none), and the worst head or expert (-1: none), each ``[S]``."""
         layout, values = self._sheet.read(readings)
         if layout is not self._layout:
             self._arrange(layout)

@@ -5,8 +5,8 @@ sample worth no more than a few bad ones, so an alarm always needs persistence. 
 `foreshock.monitors.budget` for the limit that follows from it.
 
 The excursion began at the sample k that makes the sum of pushes from k to now largest. Every k whose sum is within `SET` of
-the largest is as good a candidate: a likelihood-ratio set. It is meant to hold the true beginning of a step change nine times in
-ten; a ramp has no one beginning, and is dated late, when it has become visible.
+the largest is as good a candidate: a likelihood-ratio set. It holds the true beginning of a step change at least nine times in
+ten. A ramp is dated late, when it has become visible: a slow one is held less often (tests/monitors/detectors/test_onset.py).
 
 Shapes: S series, R samples kept, N columns asked for; the first of two sides is up.
 """

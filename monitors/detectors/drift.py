@@ -53,7 +53,8 @@ class Drift:
         self.band = QuantileBand(np.empty(0), REFERENCE_LEAST)
         self.against_references = Cusum(self.band)
         self._compared = 0  # columns that the band has
-        self._tokens = -math.inf
+        self._gridded = 0  # columns whose curves made the band's grid
+        self._tokens = -1.0
         self._last = -spacing
         self._held: dict[tuple[str, str | None], Reading] = {}  # since the last sample
 
@@ -99,9 +100,11 @@ class Drift:
             return
         curves = [self.references.curves(self.trends[position], site) for position, site in new]
         if not len(self.band.grid):
-            self.band = QuantileBand(self.references.grid(curves), REFERENCE_LEAST)
-            self.against_references.baseline = self.band
             curves = [*([[]] * self._compared), *curves]  # none of the earlier columns was ever recorded
+            self.band = QuantileBand(self.references.grid(curves[: self._gridded or None]), REFERENCE_LEAST)
+            self.against_references.baseline = self.band
+            if len(self.band.grid):  # a resumed run has the grid that it had
+                self._gridded = self._gridded or len(curves)
         self.band.add(curves)
         self._compared = len(self.columns.keys)
 
@@ -138,7 +141,7 @@ class Drift:
             "columns": self.columns.state_dict(),
             "test": self.test.state_dict(),
             "references": self.against_references.state_dict(),
-            "clock": [self._last, self._tokens],
+            "clock": [self._last, self._tokens, self._gridded],
             "held": [[*key, reading.values.tolist()] for key, reading in self._held.items()],
             "warmup": self.warmup.state_dict(),
         }
@@ -147,7 +150,7 @@ class Drift:
         self.columns.load_state_dict(state["columns"])
         self.test.load_state_dict(state["test"])
         self.against_references.load_state_dict(state["references"])
-        self._last, self._tokens = state["clock"]
+        self._last, self._tokens, self._gridded = state["clock"]
         held = [Reading(metric, site, np.array(values)) for metric, site, values in state["held"]]
         self._held = {(reading.metric, reading.site): reading for reading in held}
         self.warmup.load_state_dict(state["warmup"])

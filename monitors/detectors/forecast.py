@@ -2,8 +2,8 @@
 
 Healthy curves of a training run fall like powers of the step, so a resistant line (medians of the outer thirds, Tukey) in the
 logarithm of the step is fitted to a trailing window that ends ``LAG`` samples before now: a fault is judged against the trend
-before it and not against itself. The spread is that of the forecast's own past errors, so curvature and autocorrelation
-are in it. NaN stands for a missing sample and enters nothing.
+before it and not against itself. The spread is that of the forecast's own past errors, so curvature is in it, times what their
+autocorrelation adds to a sum of them. NaN stands for a missing sample and enters nothing.
 
 Shapes: N samples of history, S series.
 """
@@ -24,6 +24,9 @@ MIN_FIT = 12  # four points in each third is the least a median of a third is wo
 ERRORS = 60  # past errors that set the spread
 DAMPING = 0.6  # of the slope is carried forward (Gardner's damped trend): a slow ramp that enters the fit stays visible
 MIN_ERRORS = 10  # below this the median error is itself uncertain by more than a third
+MOST_ALIKE = (
+    0.4  # lag-one correlation that is believed at most: a slow ramp makes errors alike too, and must stay visible
+)
 NORMAL = 1.4826  # a normal variable's standard deviation over its median absolute error
 
 
@@ -51,7 +54,7 @@ class Forecast:
         level = median(past - slope * time[:, None])
         middle = np.median(time)
         self._predicted = level + slope * (middle + DAMPING * (np.log(step + 1) - middle))
-        spread = np.fmax(NORMAL * median(np.abs(self.errors)), self.least)
+        spread = np.fmax(NORMAL * median(np.abs(self.errors)) * long_run(self.errors), self.least)
         enough = (np.isfinite(past).sum(0) >= MIN_FIT) & (np.isfinite(self.errors).sum(0) >= MIN_ERRORS)
         return self._predicted, np.where(enough, spread, np.nan)
 
@@ -72,6 +75,20 @@ class Forecast:
         self.values, self.errors = (  # no row at all is not one empty row
             np.array(state[name], dtype=float) if state[name] else np.empty((0, 0)) for name in ("values", "errors")
         )
+
+
+def long_run(errors_NS: Array) -> Array:
+    """How much farther the sum of neighbouring errors wanders than if they were independent: ``sqrt((1 + r) / (1 - r))``.
+
+    As for an AR(1) process of lag-one correlation r, here of errors cut at three times their median, so that no outlier decides.
+    """
+    if not len(errors_NS):
+        return np.ones(errors_NS.shape[1])
+    bound = 3 * NORMAL * median(np.abs(errors_NS))
+    cut = np.nan_to_num(np.clip(errors_NS, -bound, bound), nan=0.0)
+    again = (cut[1:] * cut[:-1]).sum(0) / np.maximum(np.square(cut).sum(0), 1e-300)
+    again = np.clip(again, 0, MOST_ALIKE)
+    return np.asarray(np.sqrt((1 + again) / (1 - again)))
 
 
 def quantile(x_NS: Array, share: float) -> Array:

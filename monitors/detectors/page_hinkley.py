@@ -38,12 +38,13 @@ class PageHinkley(Cusum):
 
     def _centred(self, z_S: Array) -> Array:
         self._mean, self._seen = widen(self._mean, len(z_S), 0.0), widen(self._seen, len(z_S), 0)
-        deviation = np.where(self._seen >= FEWEST, z_S - self._mean, np.nan)
+        deviation = z_S - self._mean
+        judged = self._seen >= FEWEST
         calm = np.isfinite(z_S) & (widen(self.sums, len(z_S), 0.0) < self.limit / 2).all(0)
         self._seen = self._seen + calm
-        pull = np.clip(z_S, -self.clip, self.clip) - self._mean
+        pull = np.where(judged, np.clip(deviation, -self.clip, self.clip), deviation)
         self._mean = np.where(calm, self._mean + pull / np.clip(self._seen, 1, self.memory), self._mean)
-        return deviation
+        return np.where(judged, deviation, np.nan)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"mean": self._mean.tolist(), "seen": self._seen.tolist()}

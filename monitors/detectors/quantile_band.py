@@ -23,8 +23,8 @@ Curve = tuple[Array, Array]  # places, rising, and values, each [N]
 class QuantileBand:
     """The `Baseline` of S series: the median of the references around a place, and the distance of its band's farther edge.
 
-    ``grid`` holds the places; ``add`` appends a series. ``least`` is the smallest spread. ``place`` says where the run stands (None: at
-    its step). Nothing is expected outside the references, and nothing is learned.
+    ``grid`` holds the places; ``add`` appends a series. ``least`` is the smallest spread. ``place`` says where the run stands
+    (None: at its step). Nothing is expected outside the references, and nothing is learned.
     """
 
     def __init__(self, grid_P: Array, least: float = 0.0) -> None:

@@ -1,7 +1,8 @@
 """In how many steps rising series reach their limits, from a least-squares line through the last samples.
 
 A line's t is worth what its residuals' independence is: they are taken as an AR(1) process, whose lag-one correlation r widens the
-slope's error by ``sqrt((1 + r) / (1 - r))``. Shapes: S series, R samples of the line.
+slope's error by ``sqrt((1 + r) / (1 - r))``. Few residuals of a line show less of it than there is: the upper end of what they
+allow is taken, ``r + (1 + 4 r) / n`` (Kendall, 1954) and two standard errors. Shapes: S series, R samples of the line.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from foreshock.records import Array
 
 SAMPLES = 30  # of a line, as in `forecast.FIT`
 SURE = 8.0  # a single series at the default budget
+MOST_ALIKE = 0.9  # lag-one correlation that is believed at most
 NEVER = np.inf
 
 
@@ -43,7 +45,8 @@ class Reach:
         left = values - values.mean(0) - slope * time
         with np.errstate(divide="ignore", invalid="ignore"):
             squares = np.square(left).sum(0)
-            again = np.clip((left[1:] * left[:-1]).sum(0) / squares, 0, 0.9)
+            again = (left[1:] * left[:-1]).sum(0) / squares
+            again = np.clip(again + (1 + 4 * again) / len(left) + 2 / np.sqrt(len(left)), 0, MOST_ALIKE)
             error = np.sqrt(squares / self.degrees / np.square(time).sum(0) * (1 + again) / (1 - again))
             ahead = np.where(slope > 0, np.maximum(self.limit - level, 0) / slope * length, NEVER)
             near = np.where(ahead > 0, length / ahead, np.inf)
