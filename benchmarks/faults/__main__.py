@@ -14,18 +14,19 @@ import argparse
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from plan import TIERS, plan
 from recording import Job, finished, record
+from report import report
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-def record_all(jobs: Sequence[Job], out: Path, processes: int, console: Console) -> None:
+def record_all(jobs: Sequence[Job], out: Path, pool: Executor, console: Console) -> None:
     """Record what is missing: the runs from scratch first, then what is forked from them."""
     missing = [job for job in jobs if not finished(job, out)]
     total = sum(job.cost for job in missing)
@@ -33,18 +34,12 @@ def record_all(jobs: Sequence[Job], out: Path, processes: int, console: Console)
     columns = TextColumn("{task.description:>44}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,} steps")
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         task = progress.add_task("compiling", total=total)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            for scratch in (True, False):
-                futures = {pool.submit(record, job, out): job for job in missing if job.scratch is scratch}
-                try:
-                    for future in as_completed(futures):
-                        future.result()
-                        job = futures[future]
-                        progress.update(task, advance=job.cost, description=f"{job.subject} {job.case} seed {job.seed}")
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+        for scratch in (True, False):
+            futures = {pool.submit(record, job, out): job for job in missing if job.scratch is scratch}
+            for future in as_completed(futures):
+                future.result()
+                job = futures[future]
+                progress.update(task, advance=job.cost, description=f"{job.subject} {job.case} seed {job.seed}")
 
 
 def main() -> None:
@@ -69,8 +64,13 @@ def main() -> None:
             console.print(job, soft_wrap=True)
         console.print(f"{len(jobs)} runs, {sum(job.cost for job in jobs):,} steps")
         return
-    if not options.score_only:
-        record_all(jobs, options.out, options.jobs, console)
+    pool = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        if not options.score_only:
+            record_all(jobs, options.out, pool, console)
+        report(jobs, TIERS[options.tier], options.seeds, options.out, pool, console)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -116,14 +116,14 @@ def frozen_layer(trainer: Trainer, since: int) -> None:
 
 @torch.no_grad()
 def push_away(trainer: Trainer, since: int) -> None:
-    """Layer 0's first expert gets a router row opposite to what all tokens have in common: no token will choose it."""
+    """Layer 0's first expert gets the router row that comes nearest to a logit of -30 for every token: none will choose it."""
     if since == 0:
-        tokens = trainer.corpus.tokens[: 16 * trainer.config.length].long().view(16, -1)
+        tokens = next(trainer.corpus.batches(trainer.seed, 32, trainer.config.length))
         block = trainer.network.layers[0]
         x_BSD = trainer.network.embedding(tokens)
-        x_BSD = x_BSD + block.attention(block.attention_norm(x_BSD))
-        common_D = block.experts_norm(x_BSD).mean((0, 1))
-        block.experts.router.weight[0] = -20 * common_D / common_D.norm()
+        x_TD = block.experts_norm(x_BSD + block.attention(block.attention_norm(x_BSD))).flatten(0, 1)
+        row_D1 = torch.linalg.lstsq(x_TD, torch.full((len(x_TD), 1), -30.0)).solution
+        block.experts.router.weight[0] = row_D1[:, 0]
 
 
 @torch.no_grad()
