@@ -115,7 +115,7 @@ def frozen_layer(trainer: Trainer, since: int) -> None:
 
 
 @torch.no_grad()
-def push_away(trainer: Trainer, since: int) -> None:
+def starve_expert(trainer: Trainer, since: int) -> None:
     """Layer 0's first expert gets the router row that comes nearest to a logit of -30 for every token: none will choose it."""
     if since == 0:
         tokens = next(trainer.corpus.batches(trainer.seed, 32, trainer.config.length))

@@ -56,18 +56,23 @@ class Job:
 
 
 def finished(job: Job, out: Path) -> bool:
-    """Whether the job was recorded to its end, by the same recipe."""
+    """Whether the job was recorded to its end, by the same recipe; a longer run stands for a shorter one."""
+    wanted = recipe(job)
     try:
-        return json.loads((job.folder(out) / RESULT).read_text())["recipe"] == recipe(job)  # type: ignore[no-any-return]
+        stored = json.loads((job.folder(out) / RESULT).read_text())["recipe"]
+        steps = int(stored["steps"])
     except (OSError, ValueError, KeyError):
         return False
+    return steps >= job.steps and wanted == wanted | stored | {"steps": job.steps}
 
 
 def recipe(job: Job) -> dict[str, Any]:
-    """What a stored result must agree with to stand for the job."""
+    """What a stored result must agree with to stand for the job, as far as it says."""
     injection = named(job.case).injection
     told = {field.name: _told(getattr(injection, field.name)) for field in fields(injection)}
-    return {**asdict(job), "format": FORMAT, "injection": told, "torch": torch.__version__, "text": _corpus().sha256}
+    model = repr(SUBJECTS[job.subject].config)
+    about = {"format": FORMAT, "model": model, "torch": torch.__version__, "text": _corpus().sha256}
+    return {**asdict(job), **about, "injection": told}
 
 
 def _told(value: Any) -> str:

@@ -20,8 +20,9 @@ from recording import Job, finished
 from rich.console import Console
 from rich.progress import track
 from scoring import Score, score_all
-from summary import notes, targets
+from summary import notes
 from tables import Words, all_tables
+from targets import targets
 
 import foreshock
 

@@ -18,7 +18,7 @@ class Subject:
 SUBJECTS = {
     "moe": Subject(Config(), "2 layers, width 64, 4 query and 2 key heads, 8 experts of which 2 are chosen"),
     "dense": Subject(
-        Config(layers=3, hidden=96, heads=6, kv_heads=2, experts=0, width=192),
-        "3 layers, width 96, 6 query and 2 key heads, dense feed-forward",
+        Config(layers=2, hidden=48, heads=4, kv_heads=2, experts=0, width=128),
+        "2 layers, width 48, 4 query and 2 key heads, dense feed-forward",
     ),
 }

@@ -9,7 +9,8 @@ from cases import CASES, HEALTHY_GROUPS
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from scoring import FORESHOCK, Score
-from summary import case_rows, detector_rows, targets
+from summary import case_rows, detector_rows
+from targets import targets
 
 TITLES = {
     "kernel": "Kernel faults",

@@ -84,12 +84,18 @@ def test_a_fork_without_a_fault_is_its_twin_and_live_alarms_are_the_rejudged_one
 BRANCHES = ((TWIN, 10), (TWIN, 1), ("kernel/out-away-1", 10))
 
 
-def test_a_run_that_was_cut_off_is_made_again_and_a_finished_one_is_not(tmp_path: Path) -> None:
+def test_a_run_that_was_cut_off_is_made_again_and_a_finished_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = Job("moe", TWIN, 100, 2, 4)
     assert not finished(job, tmp_path)
     record(job, tmp_path, "eager")
     assert finished(job, tmp_path)
-    assert not finished(replace(job, steps=6), tmp_path), "another recipe"
+    assert finished(replace(job, steps=3), tmp_path), "a part of it"
+    assert not finished(replace(job, steps=6), tmp_path), "more than it"
+    monkeypatch.setitem(SUBJECTS, "moe", TINY["moe"])
+    assert not finished(job, tmp_path), "another model"
+    monkeypatch.undo()
     result = job.folder(tmp_path) / RESULT
     result.rename(result.with_suffix(".part"))
     assert not finished(job, tmp_path)

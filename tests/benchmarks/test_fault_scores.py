@@ -17,8 +17,9 @@ from peers import PEERS, Peer, adaptive, spike, turbulence, z_score
 from plan import TIERS, plan
 from recording import TWIN, Job
 from scoring import FORESHOCK, score, score_all
-from summary import Share, case_rows, detector_rows, targets
+from summary import Share, case_rows, detector_rows
 from tables import all_tables
+from targets import targets
 
 ROOT = Path(__file__).parents[2]
 STEPS = np.arange(400)
@@ -209,7 +210,7 @@ def test_a_part_of_a_plan_brings_its_twins() -> None:
         (TWIN, 1600),
         ("loop/loss-scale", 1200),
         ("loop/microbatch", 1200),
-        ("loop/rotary-offset", 720),
+        ("loop/rotary-offset", 480),
     ]
 
 
