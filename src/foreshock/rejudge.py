@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from foreshock.collector import rounded
@@ -18,40 +19,55 @@ from foreshock.records import Alarm, Reading
 POOLED = ("law/bias", "law/bias_t", "law/bias_site", "law/bias_site_t")  # made anew
 
 
-def rejudge(run: Run, *, every: int | None = None, **options: Any) -> list[Alarm]:
+def rejudge(run: Run | Sequence[Run], *, every: int | None = None, **options: Any) -> list[Alarm]:
     """The alarms of a `Judge` with ``options`` over all that ``run`` recorded; nothing is written.
+
+    Several runs are read one after the other, each until the next one's first step: a run and what was resumed from it.
 
     ``every``: take one step in so many, as if the run had been sampled that often; at least its own. With the options of the
     run itself the answer is that of the run: the judge is given what the store keeps.
     """
+    runs = [run] if isinstance(run, Run) else list(run)
     judge, bias = Judge(**options), BiasLaw()
-    sites = {site.id: site for site in run.sites}
+    sites = {site.id: site for one in runs for site in one.sites}
     alarms = []
-    for step, readings in _samples(run, every or 1):
+    for step, readings in _samples(runs, every or 1):
         alarms += judge.update(step, [*readings, *rounded(bias.update(step, readings, sites))], sites)
     return alarms
 
 
-def _samples(run: Run, every: int) -> Iterator[tuple[int, list[Reading]]]:
+def _samples(runs: Sequence[Run], every: int) -> Iterator[tuple[int, list[Reading]]]:
     """Each judged step with its readings, and with those of weights that came since the one before."""
-    by_step: dict[int, list[Reading]] = defaultdict(list)
+    by_step: dict[int, list[Reading]] = {}
     judged: set[int] = set()
+    for run in runs:
+        own, sampled = _recorded(run)
+        start = min(own, default=math.inf)
+        by_step = {step: readings for step, readings in by_step.items() if step < start} | own
+        judged = {step for step in judged if step < start} | {step for step in sampled if step % every == 0}
+    waiting: dict[tuple[str, str | None], Reading] = {}
+    for step in sorted(by_step):
+        waiting |= {(r.metric, r.site): r for r in by_step[step] if _in_turn(r.metric)}
+        if step in judged:
+            direct = [reading for reading in by_step[step] if not _in_turn(reading.metric)]
+            yield step, [*direct, *waiting.values()]
+            waiting = {}
+
+
+def _recorded(run: Run) -> tuple[dict[int, list[Reading]], set[int]]:
+    """What a run holds for the judge, by step, and the steps that were sampled."""
+    by_step: dict[int, list[Reading]] = defaultdict(list)
+    sampled: set[int] = set()
     for metric in run.metrics():
         if metric in POOLED:
             continue
         for site in run.sites_of(metric):
             steps, values = run.series(metric, site)
             if not _in_turn(metric) and not metric.startswith("run/"):
-                judged.update(step for step in steps.tolist() if step % every == 0)
+                sampled.update(steps.tolist())
             for step, row in zip(steps.tolist(), values.reshape(len(steps), -1), strict=True):
                 by_step[step].append(Reading(metric, site, row))
-    waiting: dict[tuple[str, str | None], Reading] = {}
-    for step in sorted(by_step):
-        waiting |= {(r.metric, r.site): r for r in by_step[step] if _in_turn(r.metric)}
-        if step in judged:
-            own = [reading for reading in by_step[step] if not _in_turn(reading.metric)]
-            yield step, [*own, *waiting.values()]
-            waiting = {}
+    return dict(by_step), sampled
 
 
 def _in_turn(metric: str) -> bool:

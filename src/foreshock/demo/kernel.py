@@ -16,35 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Rounding:
-    """Rounding that keeps ``bits`` mantissa bits, always towards zero or always ``away`` from it: a bias, not noise."""
-
-    bits: int
-    away: bool = True
-
-    def __call__(self, x: Tensor) -> Tensor:
-        unit = 1 << (23 - self.bits)
-        pattern = x.contiguous().view(torch.int32)
-        return ((pattern + (unit - 1) * self.away) & -unit).view(torch.float32)
-
-
-def nearest_even(x: Tensor) -> Tensor:
-    """What bf16 hardware does."""
-    return x.bfloat16().float()
+from foreshock.demo.rounding import Flip, Rounding, Stochastic, nearest_even
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What the kernel gets wrong: how it rounds the stored O, the O that only the backward's D reads, and P.
+    """What the kernel gets wrong: how it rounds the stored O, the O that only the backward's D reads, P, and K.
 
-    ``layer`` limits the fault to one of the ``layers`` calls that make up a forward (and, in reverse, a backward).
+    ``scale``: a factor on the softmax scale. ``diagonal``: how many keys beyond its own a causal row sees. ``noisy_delta``:
+    the error of ``delta`` with a sign drawn for each row, as large and without a bias. ``exact_delta``: D from an O that was
+    never rounded. ``flip_out``, ``flip_dk``: what befalls the stored O and dK. ``layer`` limits the fault to one of the
+    ``layers`` calls that make up a forward (and, in reverse, a backward).
     """
 
-    out: Rounding | None = None
+    out: Rounding | Stochastic | None = None
     delta: Rounding | None = None
     p: Rounding | None = None
+    k: Rounding | None = None
+    scale: float = 1.0
+    diagonal: int = 0
+    noisy_delta: bool = False
+    exact_delta: bool = False
+    flip_out: Flip | None = None
+    flip_dk: Flip | None = None
     layer: int | None = None
     layers: int = 1
 
@@ -68,12 +62,31 @@ def _current(forward: bool) -> Fault:
     return HEALTHY
 
 
-def _logits(q_BGRSh: Tensor, k_BG1Sh: Tensor, causal: bool, scale: float) -> Tensor:
+def _logits(q_BGRSh: Tensor, k_BG1Sh: Tensor, causal: bool, scale: float, diagonal: int) -> Tensor:
     logits = (q_BGRSh @ k_BG1Sh.mT) * scale
     if causal:
         length = logits.shape[-1]
-        logits += torch.full((length, length), float("-inf"), device=logits.device).triu(1)
+        mask = torch.full((length, length), float("-inf"), device=logits.device).triu(1 + diagonal)
+        mask[0, 0] = 0.0  # a row that sees nothing has no softmax
+        logits += mask
     return logits
+
+
+def _key(k_BG1Sh: Tensor, fault: Fault) -> Tensor:
+    return fault.k(k_BG1Sh) if fault.k else k_BG1Sh
+
+
+def _delta(dout: Tensor, out: Tensor, p: Tensor, v: Tensor, fault: Fault) -> Tensor:
+    """``D = rowsum(dO * O)``, [..., S, 1], or what the fault makes of it."""
+    if fault.exact_delta:
+        return (dout * (p @ v)).sum(-1, keepdim=True)
+    exact = (dout * out).sum(-1, keepdim=True)
+    if fault.delta is None:
+        return exact
+    wrong = (dout * fault.delta(out)).sum(-1, keepdim=True)
+    if not fault.noisy_delta:
+        return wrong
+    return torch.where(torch.rand_like(exact) < 0.5, wrong, 2 * exact - wrong)
 
 
 def _grouped(x_BHSh: Tensor, kv_heads: int) -> Tensor:
@@ -86,13 +99,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tu
     """q [B, H, S, h], k and v [B, G, S, h] -> out [B, H, S, h] in q's dtype, logsumexp [B, H, S] in fp32."""
     fault = _current(forward=True)
     groups = k.shape[1]
-    logits = _logits(_grouped(q, groups), _grouped(k, groups), causal, scale)
+    logits = _logits(_grouped(q, groups), _key(_grouped(k, groups), fault), causal, scale * fault.scale, fault.diagonal)
     top = logits.amax(-1, keepdim=True)
     p = (logits - top).exp()
     mass = p.sum(-1, keepdim=True)
     out = (fault.p or nearest_even)(p) @ _grouped(v, groups) / mass
     lse = (top + mass.log()).squeeze(-1)
-    return (fault.out or nearest_even)(out).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+    out = (fault.out or nearest_even)(out)
+    out = fault.flip_out(out) if fault.flip_out else out
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
 @attention.register_fake
@@ -108,13 +123,14 @@ def attention_backward(
     fault = _current(forward=False)
     groups = k.shape[1]
     q_, k_, v_ = (_grouped(x, groups) for x in (q, k, v))
+    k_, scale = _key(k_, fault), scale * fault.scale
     dout_, out_ = _grouped(dout, groups), _grouped(out, groups)
-    delta = (dout_ * (fault.delta(out_) if fault.delta else out_)).sum(-1, keepdim=True)
-    p = (_logits(q_, k_, causal, scale) - _grouped(lse.unsqueeze(-1), groups)).exp()
+    p = (_logits(q_, k_, causal, scale, fault.diagonal) - _grouped(lse.unsqueeze(-1), groups)).exp()
     p = (fault.p or nearest_even)(p)
     dv = (p.mT @ dout_).sum(2)
-    ds = nearest_even(p * (dout_ @ v_.mT - delta)) * scale
+    ds = nearest_even(p * (dout_ @ v_.mT - _delta(dout_, out_, p, v_, fault))) * scale
     dq, dk = (ds @ k_).flatten(1, 2), (ds.mT @ q_).sum(2)
+    dk = fault.flip_dk(dk) if fault.flip_dk else dk
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 

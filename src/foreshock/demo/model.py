@@ -1,4 +1,4 @@
-"""A decoder-only, byte-level mixture-of-experts transformer.
+"""A decoder-only, byte-level transformer, with a mixture of experts or a dense feed-forward.
 
 RMSNorm, rotary positions, grouped-query attention through a third-party kernel, and a top-2 router over experts that
 are all computed (no shape depends on the data, so the whole model compiles into one graph).
@@ -24,9 +24,9 @@ class Config:
     heads: int = 4
     kv_heads: int = 2
     length: int = 64
-    experts: int = 8
+    experts: int = 8  # none: one dense feed-forward
     top_k: int = 2
-    width: int = 32
+    width: int = 32  # of each expert, or of the feed-forward
     sdpa: bool = False
 
 
@@ -54,14 +54,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden, config.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * self.head_dim, config.hidden, bias=False)
-        self.rotary = Rotary(config.length, self.head_dim)
+        self.q_rotary, self.k_rotary = (Rotary(config.length, self.head_dim) for _ in range(2))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         q, k, v = (
             proj(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k, v = self.rotary(q).bfloat16(), self.rotary(k).bfloat16(), v.bfloat16()
+        q, k, v = self.q_rotary(q).bfloat16(), self.k_rotary(k).bfloat16(), v.bfloat16()
         if self.sdpa:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -93,13 +93,26 @@ class Experts(nn.Module):
         return out_TD.view_as(x_BSD), len(load_E) * (load_E * scores_TE.mean(0)).sum()
 
 
+class FeedForward(nn.Module):
+    """A dense feed-forward in the experts' place; it has nothing to balance."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.hidden, config.width, bias=False)
+        self.up = nn.Linear(config.hidden, config.width, bias=False)
+        self.down = nn.Linear(config.width, config.hidden, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        return self.down(F.silu(self.gate(x_BSD)) * self.up(x_BSD)), x_BSD.new_zeros(())
+
+
 class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden)
         self.attention = Attention(config)
         self.experts_norm = nn.RMSNorm(config.hidden)
-        self.experts = Experts(config)
+        self.experts = Experts(config) if config.experts else FeedForward(config)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from foreshock.demo import kernel
 from foreshock.demo.data import Corpus, standard_library
-from foreshock.demo.kernel import Rounding
 from foreshock.demo.model import Config, Transformer
+from foreshock.demo.rounding import Rounding
 
 BATCH = 8
 WARMUP = 100
