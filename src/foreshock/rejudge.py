@@ -16,7 +16,7 @@ from foreshock.monitors.spectra import UPDATE_RATIO
 from foreshock.reader import Run
 from foreshock.records import Alarm, Reading
 
-POOLED = ("law/bias", "law/bias_t", "law/bias_site", "law/bias_site_t")  # made anew
+POOLED = ("law/bias", "law/bias_t", "law/bias_site", "law/bias_site_t", "law/bias_samples")  # made anew
 
 
 def rejudge(run: Run | Sequence[Run], *, every: int | None = None, **options: Any) -> list[Alarm]:
