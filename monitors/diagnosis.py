@@ -26,12 +26,14 @@ class Age:
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a row may ask beyond the symptoms: the sites, how far the learning rate rose above the highest that the run was
-    healthy with, this sample's readings by (metric, site), and how old each finding is."""
+    healthy with, this sample's readings by (metric, site), how old each finding is, and the row that blamed the kernel of a site
+    earlier in the run."""
 
     sites: Mapping[str, Site]
     lr_rise: float = 1.0
     readings: Mapping[tuple[str, str | None], Array] = field(default_factory=dict)
     ages: Mapping[tuple[str | None, str, int], Age] = field(default_factory=dict)
+    blamed: Mapping[str | None, int] = field(default_factory=dict)
 
     def share(self, findings: Evidence, kind: str) -> float:
         """Share of the sites of a kind among which the findings are."""
@@ -51,6 +53,11 @@ class Context:
         values = self._read(metric, findings)
         return float(values.max()) if len(values) else 0.0
 
+    def dtype(self, findings: Evidence) -> str:
+        """The dtype of the findings' site; nothing where it is not known."""
+        found = (self.sites.get(finding.site) for finding in findings if finding.site is not None)
+        return next((site.dtype for site in found if site is not None), "")
+
     def _read(self, metric: str, findings: Evidence) -> Array:
         site = next((finding.site for finding in findings if finding.site is not None), None)
         values = self.readings.get((metric, site), np.zeros(0))
@@ -62,7 +69,7 @@ Condition = Callable[[Evidence, Context], bool]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``leads`` (any one) makes the row's case if ``condition`` agrees and nothing of ``unless`` is out; ``explains`` are taken
+    """``leads`` (any one) makes the row's case if ``condition`` agrees and there is not so much as a hint of ``unless``; ``explains`` are taken
     along as its consequences.
 
     ``when`` an alarm may be raised: "now"; "confirmed", heard in two samples or at most heads of the site at once, as a fault of
@@ -82,6 +89,7 @@ class Row:
     unless: tuple[str, ...] = ()
     reach: str = "site"  # "site" | "run": how far its consequences go
     independent: bool = False  # its cause is seen by itself, so that no other alarm speaks for it
+    least: float = 1.0  # the score that a lead must have: less where the cause is seen by itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +146,10 @@ def _places(row: Row, findings: Evidence) -> Sequence[str | None]:
 
 def _case(row: Row, place: str | None, findings: Evidence, context: Context) -> Diagnosis | None:
     here = [f for f in findings if row.scope == "run" or f.site in (place, None)]
-    leads = [f for f in here if symptom(f) in row.leads and f.score >= 1 and (row.scope == "run" or f.site == place)]
-    if not leads or any(symptom(f) in row.unless and f.score >= 1 for f in here) or not row.condition(here, context):
+    leads = [
+        f for f in here if symptom(f) in row.leads and f.score >= row.least and (row.scope == "run" or f.site == place)
+    ]
+    if not leads or any(symptom(f) in row.unless for f in here) or not row.condition(here, context):
         return None
     lead = max(leads, key=lambda f: min(f.score, 1e9))
     others = [f for f in here if f is not lead and symptom(f) in (*row.leads, *row.explains)]
@@ -148,10 +158,10 @@ def _case(row: Row, place: str | None, findings: Evidence, context: Context) -> 
 
 def ripe(diagnosis: Diagnosis, context: Context, patience: int) -> bool:
     """Whether the row's ``when`` has come; ``patience`` is how many samples are lasting."""
-    ages = [context.age(finding).samples for finding in diagnosis.findings if finding.score >= 1]
+    ages = [context.age(finding).samples for finding in diagnosis.findings if finding.score >= diagnosis.row.least]
     if diagnosis.row.when == "lasting":
         return any(samples > patience for samples in ages)
     if diagnosis.row.when == "confirmed":
-        leads = [f for f in diagnosis.findings if symptom(f) in diagnosis.row.leads and f.score >= 1]
+        leads = [f for f in diagnosis.findings if symptom(f) in diagnosis.row.leads and f.score >= diagnosis.row.least]
         return any(context.age(f).samples > 1 or f.extent > 0.5 for f in leads)
     return True

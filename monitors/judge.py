@@ -15,7 +15,7 @@ from foreshock.errors import ConfigError
 from foreshock.monitors.budget import STEPS_PER_FALSE_ALARM, Budget
 from foreshock.monitors.detectors import Drift, Extrapolation, LawTest, Limits, Moves, NonFinite
 from foreshock.monitors.detectors.references import Run
-from foreshock.monitors.diagnosis import Age, Context, Diagnosis, diagnose, key, ripe, symptom
+from foreshock.monitors.diagnosis import Age, Context, Diagnosis, Row, diagnose, key, ripe, symptom
 from foreshock.monitors.finding import Detector, Finding
 from foreshock.monitors.mechanisms import TABLE, UNKNOWN
 from foreshock.monitors.metrics import metric
@@ -76,6 +76,7 @@ class Judge:
         self._heard: dict[tuple[str | None, str, int], Heard] = {}
         self._open: dict[Key, tuple[str, int]] = {}  # severity, and the row
         self._rates = Rates()
+        self._blamed: dict[str | None, int] = {}  # of a site's kernel, by which row
         self._samples = 0
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Alarm]:
@@ -89,11 +90,12 @@ class Judge:
             k: h for k, h in self._heard.items() if self._samples - h.last <= MEMORY or step - h.step <= MEMORY_STEPS
         }
         ages = {k: Age(h.samples, self._samples - h.last) for k, h in self._heard.items()}
-        context = Context(sites, self._rates.rise, {(r.metric, r.site): r.values for r in readings}, ages)
+        values = {(r.metric, r.site): r.values for r in readings}
+        context = Context(sites, self._rates.rise, values, ages, self._blamed)
         made = diagnose([h.finding for h in self._heard.values()], context, TABLE, UNKNOWN)
         out = [h.finding for h in self._heard.values() if h.finding.score >= 1]
         damaged = any(finding.metric == "run/loss" for finding in out)
-        self._open = {k: value for k, value in self._open.items() if any(k[1] in (None, f.site) for f in out)}
+        self._open = {name: value for name, value in self._open.items() if self._lasts(name[1], ROWS[value[1]])}
         alarms = []
         for diagnosis in made:
             if not ripe(diagnosis, context, PATIENCE):
@@ -109,6 +111,8 @@ class Judge:
                 f"{mechanism} at {_name(site, sites)}" for mechanism, site in self._open if (mechanism, site) != name
             ]
             self._open[name] = (severity, ROWS.index(diagnosis.row))
+            if diagnosis.row.reach == "run":
+                self._blamed[diagnosis.site] = ROWS.index(diagnosis.row)
             alarms.append(alarm(step, diagnosis, severity, context, beside))
         return alarms
 
@@ -123,11 +127,18 @@ class Judge:
             self._on_error(f"detector {type(detector).__name__}", error)
             return []
 
+    def _lasts(self, site: str | None, row: Row) -> bool:
+        """Whether something that would still lead to the alarm is out, at its site or, if it is the run's, anywhere."""
+        return any(h.finding.score >= row.least and site in (None, h.finding.site) for h in self._heard.values())
+
     def _spoken_for(self, diagnosis: Diagnosis) -> bool:
-        """An open alarm further up the table speaks for what it explains, at its site or as far as its consequences reach."""
+        """An open alarm further up the table speaks for what it explains, at its site or as far as its consequences reach; and a
+        kernel that was blamed once is not blamed again for less."""
         row, lead = diagnosis.row, symptom(diagnosis.findings[0])
         if row.independent:
             return False
+        if row.reach == "run" and ROWS.index(row) > self._blamed.get(diagnosis.site, len(ROWS)):
+            return True
         for (_, site), (_, position) in self._open.items():
             other = ROWS[position]
             explained = not row.leads or lead in (*other.leads, *other.explains)
@@ -150,6 +161,7 @@ class Judge:
             "detectors": [detector.state_dict() for detector in self.detectors],
             "heard": [[asdict(h.finding), h.samples, h.last, h.step] for h in self._heard.values()],
             "open": [[*name, *value] for name, value in self._open.items()],
+            "blamed": list(self._blamed.items()),
             "rates": self._rates.state_dict(),
             "samples": self._samples,
         }
@@ -160,6 +172,7 @@ class Judge:
         heard = [Heard(_finding(plain), *rest) for plain, *rest in state["heard"]]
         self._heard = {key(h.finding): h for h in heard}
         self._open = {(mechanism, site): (severity, position) for mechanism, site, severity, position in state["open"]}
+        self._blamed = dict(state["blamed"])
         self._rates.load_state_dict(state["rates"])
         self._samples = state["samples"]
 
@@ -174,7 +187,9 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context, besi
     ``beside`` names the alarms that are open already.
     """
     lead, row = diagnosis.findings[0], diagnosis.row
-    first = min((finding for finding in diagnosis.findings if finding.score >= 1), key=lambda finding: finding.onset)
+    first = min(
+        (finding for finding in diagnosis.findings if finding.score >= row.least), key=lambda finding: finding.onset
+    )
     low, high = first.onset_interval
     evidence = [describe(finding, context.sites) for finding in diagnosis.findings]
     if "learning rate" in row.mechanism and context.lr_rise > 1:

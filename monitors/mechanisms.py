@@ -10,12 +10,15 @@ Sources: [A] the algebra, docs/laws.md; [P] arXiv 2606.28116; [F] arXiv 2510.042
 
 from __future__ import annotations
 
+from foreshock.monitors.detectors.drift import HINT
 from foreshock.monitors.diagnosis import Context, Evidence, Row, symptom
+from foreshock.monitors.laws import UNIT_ROUNDOFF
 
 LR_RISEN = 1.5  # a learning rate half above the highest that the run was healthy with is no schedule's doing
-TOGETHER = 20  # steps: two samples; onsets are not known more closely
+TOGETHER = 50  # steps: five samples; onsets of noisy series are not known more closely
 SPREAD = 0.5  # share of the attention sites that must move together before a cause common to all is named
 ROUNDABLE = 0.5  # of the output: a one-sided rounding to a single mantissa bit is off by less
+ASIDE = 0.4  # of the unit roundoff: one-sided rounding of the last bit is off by 0.72 of it, to nearest by 0.03
 EXACT = 0.25  # of the bias in the gradients: a forward that is off by less is not where the bias comes from
 
 LAW_BIAS = ("law/bias+", "law/bias-", "law/bias_site+", "law/bias_site-")
@@ -23,7 +26,8 @@ LAW = ("law/key_shift+", "law/value_mass+", "law/euler+")
 SHADOW = ("law/shadow+", "law/hull+")
 KERNEL_LAWS = (*LAW, *SHADOW, "law/router_shift+", "law/token_count+")
 QK = ("attention/delta2_norm+", "attention/delta2_effective_rank@50-")
-ATTENTION = (*QK, "attention/logit_max+", "attention/entropy_norm-", "attention/entropy_norm+")
+RATIO = "optim/update_ratio+"
+ATTENTION = (*QK, RATIO, "attention/logit_max+", "attention/entropy_norm-", "attention/entropy_norm+")
 ROUTER = (
     "router/entropy_norm-",
     "router/similarity+",
@@ -31,22 +35,27 @@ ROUTER = (
     "router/conditioning-",
     "router/logit_absmax+",
 )
-LOAD = ("router/load+", "router/dead_experts+")
+UNEVEN = ("router/load+", "router/effective_experts-")
+LOAD = (*UNEVEN, "router/dead_experts+")
 JUMPS = ("attention/dwq_norm+", "attention/dwk_norm+", "router/row_norm_max+")
 STOPS = ("attention/dwq_norm-", "attention/dwk_norm-")
-LATE = ("optim/grad_norm+", "run/loss+")
+GRADIENT = ("attention/grad_out_norm+", "optim/grad_norm+")
+LATE = (*GRADIENT, "run/loss+")
 DRIFTS = (*ATTENTION, *ROUTER, *LOAD, *LATE)
 
 
 def _over(evidence: Evidence, context: Context) -> bool:
-    """Every law that broke here did so at one sample alone, and the next one was clean."""
+    """Every law that broke here did so at one sample alone, and the next one was clean; no kernel was blamed here before."""
     laws = [f for f in evidence if symptom(f) in KERNEL_LAWS and f.score >= 1]
-    return all(context.age(f).samples == 1 and context.age(f).quiet >= 1 for f in laws)
+    once = all(context.age(f).samples == 1 and context.age(f).quiet >= 1 for f in laws)
+    return once and not any(f.site in context.blamed for f in laws)
 
 
 def _off(evidence: Evidence, context: Context) -> bool:
-    """The forward pass is off too."""
-    return any(symptom(finding) in SHADOW for finding in evidence)
+    """The forward pass is off too: beyond its floor, or to one side by more than rounding to nearest ever is."""
+    unit = UNIT_ROUNDOFF.get(context.dtype(evidence), 0.0)
+    aside = abs(context.typical("attention/shadow_bias", evidence)) > ASIDE * unit > 0
+    return aside or any(symptom(finding) in SHADOW for finding in evidence)
 
 
 def _rounded(evidence: Evidence, context: Context) -> bool:
@@ -63,7 +72,8 @@ def _not_exact(evidence: Evidence, context: Context) -> bool:
 def _inner_product_alone(evidence: Evidence, context: Context) -> bool:
     """Rows of P and of dS sum to what they should, yet q and k are not those that the gradients are of, and the output shows it."""
     broken = {symptom(finding) for finding in evidence}
-    return _off(evidence, context) and not broken & {"law/key_shift+", "law/value_mass+", *LAW_BIAS}
+    others = broken & {"law/key_shift+", "law/value_mass+", *LAW_BIAS}
+    return "law/euler+" in broken and _off(evidence, context) and not others
 
 
 def _legal_elsewhere(evidence: Evidence, context: Context) -> bool:
@@ -83,21 +93,37 @@ def _lr_reached_attention(evidence: Evidence, context: Context) -> bool:
 
 
 def _widespread(evidence: Evidence, context: Context) -> bool:
-    """It moved at half of the attention sites or more."""
+    """It moved at half of the attention sites or more, and weights change by a larger share of themselves."""
     moved = [finding for finding in evidence if finding.metric == "attention/delta2_norm"]
-    return context.share(moved, "attention") >= SPREAD
+    return context.share(moved, "attention") >= SPREAD and any(symptom(finding) == RATIO for finding in evidence)
+
+
+def _logits_grow(evidence: Evidence, context: Context) -> bool:
+    """Weights or logits grow while a step changes the weights by no larger share of themselves."""
+    return not any(symptom(finding) == RATIO for finding in evidence)
+
+
+def _lr_not_risen(evidence: Evidence, context: Context) -> bool:
+    """No learning rate is above the highest that the run was healthy with."""
+    return not _lr_risen(evidence, context)
 
 
 def _load_first(evidence: Evidence, context: Context) -> bool:
     """The load left before the router's own shape did, or with it; a hint of it is enough."""
-    load = [f.onset for f in evidence if symptom(f) == "router/load+"]
+    load = [f.onset for f in evidence if symptom(f) in UNEVEN]
     others = [f.onset for f in evidence if symptom(f) in ROUTER]
     return bool(load) and min(load) <= min(others, default=min(load)) + TOGETHER
 
 
 def _loss_alone(evidence: Evidence, context: Context) -> bool:
-    """Nothing moved but the loss and the norm of the gradient."""
-    return {f.metric for f in evidence} <= {"run/loss", "optim/grad_norm"}
+    """Nothing is out but the loss and the gradient."""
+    return all(symptom(f) in LATE for f in evidence if f.score >= 1)
+
+
+def _gradient_alone(evidence: Evidence, context: Context) -> bool:
+    """Nothing is out but the gradient, at half of the attention sites or more."""
+    out = [f for f in evidence if f.score >= 1]
+    return all(symptom(f) in GRADIENT for f in out) and context.share(out, "attention") >= SPREAD
 
 
 # fmt: off
@@ -105,7 +131,7 @@ TABLE: tuple[Row, ...] = (
     Row("learning rate too large", (*QK, "attention/logit_max+", *ROUTER, *LATE), DRIFTS, "run", "warning", "[W]",
         "the learning rate rose beyond what the run was healthy with, and the mechanisms followed",
         "Undo the rise; go back to a checkpoint from before the onset if the loss has moved.", _lr_reached_attention,
-        independent=True),
+        independent=True, least=HINT),
     Row("non-finite values", ("nonfinite",), LATE, "site", "critical", "[A]",
         "NaN or infinity appeared",
         "Go back to a checkpoint from before the onset and repeat: if it stays finite, suspect the hardware, else the inputs."),
@@ -113,7 +139,7 @@ TABLE: tuple[Row, ...] = (
         "a law of the kernel broke at one sample and holds again: no kernel does that, a fault of the hardware does",
         "Note the machine; test its accelerator and memory. Go back to a checkpoint from before the onset if the loss has moved.",
         _over),
-    Row("altered queries or keys in the kernel", ("law/euler+",), (*SHADOW, *DRIFTS), "site", "critical", "[A]",
+    Row("altered queries or keys in the kernel", ("law/euler+", *SHADOW), DRIFTS, "site", "critical", "[A]",
         "the kernel's logits are of other queries or keys than its gradients, as when keys are quantised inside",
         "Compare the kernel's logits with q @ k.T here; switch off quantised keys or caches, or pass their gradient through.",
         _inner_product_alone, when="confirmed", reach="run"),
@@ -147,29 +173,35 @@ TABLE: tuple[Row, ...] = (
         when="confirmed", reach="run"),
     Row("corrupted weight", JUMPS, DRIFTS, "site", "critical", "[M]",
         "a single head's or expert's weights jumped while all others went on as before",
-        "Compare the weight and its optimizer state with the last checkpoint before the onset; load it again, test the memory."),
+        "Compare the weight and its optimizer state with the last checkpoint before the onset; load it again, test the memory.",
+        _lr_not_risen),
     Row("weights that no longer move", STOPS, DRIFTS, "site", "warning", "[M]",
         "weights that were trained stand still to the last bit while the optimizer steps",
         "Look for requires_grad, for parameters that the optimizer lost, for weights overwritten after the step, and for updates "
         "below the weight's precision."),
     Row("learning rate too large", ("attention/delta2_norm+",), DRIFTS, "run", "warning", "[P], [W]",
-        "query and key updates grow in most layers at once while every kernel law holds",
+        "query and key updates grow in most layers at once, against the weights too, while every kernel law holds",
         "Look at the learning rate of the query and key weights and at gradient clipping.", _widespread),
-    Row("router learning rate too large", ROUTER, (*ROUTER, *LOAD, *LATE), "site", "warning", "[P], [S]",
+    Row("router learning rate too large", ROUTER, (*ROUTER, *LOAD, *LATE, *JUMPS), "site", "warning", "[P], [S]",
         "a learning rate rose and the router followed while attention is quiet",
-        "Undo the rise for the router's weights, or add a router z-loss.", _lr_risen),
-    Row("load-balance fault", ("router/load+", *ROUTER), (*ROUTER, *LOAD, *LATE), "site", "warning", "[B]",
+        "Undo the rise for the router's weights, or add a router z-loss.", _lr_risen, independent=True, least=HINT),
+    Row("load-balance fault", (*UNEVEN, *ROUTER), (*ROUTER, *LOAD, *LATE), "site", "warning", "[B]",
         "the experts' load became uneven before the router's own shape changed",
         "Check the sign and size of the balancing loss or of the selection-bias update.", _load_first),
     Row("router collapse", ROUTER, (*ROUTER, *LOAD, *LATE), "site", "warning", "[P]",
         "the router narrows although its balancing is not what moved first",
         "Lower the router's learning rate or add a router z-loss; check what else trains the router weight."),
-    Row("attention-logit growth", ("attention/logit_max+",), (*ATTENTION, *LATE), "site", "warning", "[W], [Z]",
-        "the attention logits grow while every kernel law holds",
-        "Use QK-norm, logit clipping, or weight decay on the query and key weights, or lower their learning rate."),
+    Row("attention-logit growth", ("attention/logit_max+", "attention/delta2_norm+"), (*ATTENTION, *LATE), "site", "warning", "[W], [Z]",
+        "the query and key weights or their logits grow, by updates of the usual relative size, while every kernel law holds",
+        "Use QK-norm, logit clipping, or weight decay on the query and key weights, or lower their learning rate.",
+        _logits_grow),
     Row("dead experts", ("router/dead_experts+",), (*LOAD, *LATE), "site", "warning", "[B]",
         "experts get almost no tokens",
         "Raise the balancing loss, or reset the dead experts' router rows."),
+    Row("gradient scale changed", ("attention/grad_out_norm+",), GRADIENT, "run", "warning", "[M]",
+        "gradients grew manyfold everywhere at once while loss, weights and mechanisms go on as before",
+        "Check the loss scale and where it is divided out, the division by accumulation steps, and whether clipping hides it.",
+        _gradient_alone, when="lasting"),
     Row("data fault", ("run/loss+",), LATE, "run", "warning", "[M]",
         "the loss moved while attention, routers and kernel laws are quiet",
         "Look at the batches since the onset: a corrupted shard, repeated or shuffled text, a changed tokenizer.",

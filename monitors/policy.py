@@ -17,7 +17,8 @@ class Trend:
     """A series judged for drift: ``fold`` over heads or experts, on a ``log`` or ``linear`` scale.
 
     ``effect`` is the smallest lasting change that matters, in units of that scale; smaller ones never alarm, however
-    certain. ``directions``: which of +1 and -1 are judged.
+    certain. ``directions``: which of +1 and -1 are judged. ``follows_rate``: in health in proportion to the learning rate, as long
+    as that stays below the highest that the run was healthy with: a schedule moves it, a rate beyond its peak stays visible.
     """
 
     metric: str
@@ -26,6 +27,7 @@ class Trend:
     effect: float
     directions: tuple[int, ...]
     source: str
+    follows_rate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +44,22 @@ class Limit:
 
 # fmt: off
 TRENDS: tuple[Trend, ...] = (
-    Trend("attention/delta2_norm", "mean", "log", math.log(1.5), (+1,), "[P]: the earliest; [M]: leads learning-rate ramps"),
-    Trend("attention/delta2_norm", "max", "log", math.log(1.8), (+1,), "[P]: a single head; noisier than the mean"),
+    Trend("attention/delta2_norm", "mean", "log", math.log(1.5), (+1,), "[P]: the earliest; [M]: leads learning-rate ramps",
+          follows_rate=True),
+    Trend("attention/delta2_norm", "max", "log", math.log(1.8), (+1,), "[P]: a single head; noisier than the mean",
+          follows_rate=True),
     Trend("attention/delta2_effective_rank@50", "mean", "log", math.log(1.6), (-1,), "[P]: narrowing; [M]: unspecific"),
+    Trend("attention/grad_out_norm", "mean", "log", math.log(8), (+1,), "the scale of gradients before any clipping: large changes only"),
     Trend("attention/logit_max", "max", "log", math.log(1.7), (+1,), "[W]: logit growth; the maximum of few sampled rows is noisy"),
     Trend("attention/entropy_norm", "mean", "linear", 0.15, (+1, -1), "[Z]: collapse, and its opposite"),
     Trend("attention/entropy_norm", "min", "linear", 0.2, (-1,), "[Z]: the head that collapses first"),
     Trend("router/entropy_norm", "mean", "linear", 0.06, (+1, -1), "[P]: collapse; healthy values stay near their trend"),
     Trend("router/load", "max", "log", math.log(1.35), (+1,), "[B]: MaxVio + 1 over E: a logarithm exists, and an expert is named"),
+    Trend("router/effective_experts", "mean", "log", math.log(1.12), (-1,), "[B]: how many are in use; a fourth of the noise of max load"),
     Trend("router/similarity", "mean", "linear", 0.06, (+1,), "[P]: experts' directions merge"),
     Trend("router/conditioning", "mean", "log", math.log(1.4), (+1, -1), "[P]: a common direction, or an expert that leaves"),
     Trend("router/logit_absmax", "mean", "log", math.log(1.7), (+1,), "[W]: saturation of the router"),
+    Trend("optim/update_ratio", "mean", "log", math.log(1.5), (+1,), "[W]: tells a rate from weights that grow", follows_rate=True),
     Trend("optim/grad_norm", "mean", "log", math.log(2.5), (+1,), "[W]: late and unspecific, so a large change only"),
     Trend("run/loss", "mean", "log", math.log(1.15), (+1,), "the data-fault signature: the loss moves, the mechanisms do not"),
 )

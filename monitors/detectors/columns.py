@@ -59,6 +59,11 @@ class Columns:
         """What a value on the trend's scale is multiplied by, ``[S]``."""
         return np.array([EFFECT / trend.effect for trend in self.trends])[self.positions()]
 
+    def paced(self) -> Array:
+        """Units of the columns that follow the learning rate, 0 for the others, ``[S]``."""
+        follow = np.array([trend.follows_rate for trend in self.trends], dtype=float)
+        return follow[self.positions()] * self.units()
+
     def positions(self) -> Array:
         """The trend of each column, ``[S]``."""
         return np.array([position for position, _ in self.keys], dtype=np.int64)

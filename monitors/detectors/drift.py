@@ -18,9 +18,11 @@ from foreshock.monitors.detectors.references import TOKENS, References, Run
 from foreshock.monitors.detectors.warmup import Warmup
 from foreshock.monitors.finding import Finding
 from foreshock.monitors.policy import SPACING, TRENDS, Trend
+from foreshock.monitors.rates import Rates
 from foreshock.records import Array, Reading, Site
 
 HINT = 0.4  # share of the limit from which a series may help to name a mechanism
+RISING = 1.05  # a learning rate so far above the highest that was healthy: what follows it is no baseline
 LEAST = 1.0  # spread against the own trend, in quarters of the smallest change that matters
 REFERENCE_LEAST = 4.0 / 1.5  # against references, whose seeds differ for good: a smaller change stays below the slack
 
@@ -47,7 +49,8 @@ class Drift:
         self.trends, self.warmup, self.spacing = tuple(trends), Warmup(warmup), spacing
         self.budget = Budget() if budget is None else budget
         self.columns = Columns(self.trends)
-        self.own = Cusum(Forecast(LEAST))
+        self.own_trend = Forecast(LEAST)
+        self.own = Cusum(self.own_trend)
         self.test: SeriesTest = self.own if test is None else test
         self.references = References(reference, align)
         self.band = QuantileBand(np.empty(0), REFERENCE_LEAST)
@@ -55,11 +58,14 @@ class Drift:
         self._compared = 0  # columns that the band has
         self._gridded = 0  # columns whose curves made the band's grid
         self._tokens = -1.0
+        self.rates = Rates()
+        self._before: float | None = None  # the rate of the last sample
         self._last = -spacing
         self._held: dict[tuple[str, str | None], Reading] = {}  # since the last sample
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         """Every series that is out now (score above 1), and the hints."""
+        self.rates.update(readings)
         self._held |= {(r.metric, r.site): r for r in readings if self.columns.wants(r.metric) or r.metric == TOKENS}
         if step < self._last + self.spacing:
             return []
@@ -74,12 +80,23 @@ class Drift:
         if hasattr(self.test, "sides"):
             self.test.sides = sides
         self.own.limit = self.budget.log_limit("trend", self.spacing, int(sides.sum()))
-        self.test.update(step, x_S)
-        findings = self._findings(step, self.test, raw_S, worst_S, "its own trend")
+        self.own_trend.frozen = self.rates.rise > RISING
+        pace = self.columns.paced() * self._pace()
+        self.test.update(step, x_S - pace)
+        findings = self._findings(step, self.test, raw_S, worst_S, "its own trend", pace)
         if self.references:
             self._compare(step, held, x_S, sides)
-            findings += self._findings(step, self.against_references, raw_S, worst_S, "the reference")
+            findings += self._findings(
+                step, self.against_references, raw_S, worst_S, "the reference", np.zeros(len(x_S))
+            )
         return findings
+
+    def _pace(self) -> float:
+        """The logarithm of what the schedule makes of its peak: the larger of this sample's and the last one's, for increments
+        reach back."""
+        before, self._before = self._before, self.rates.healthy
+        known = [rate for rate in (before, self._before) if rate]
+        return math.log(max(known) / self.rates.peak) if known else 0.0
 
     def _compare(self, step: int, held: Sequence[Reading], x_S: Array, sides: Array) -> None:
         """One sample against the references; none where the run's place among them is not known."""
@@ -108,7 +125,9 @@ class Drift:
         self.band.add(curves)
         self._compared = len(self.columns.keys)
 
-    def _findings(self, step: int, test: SeriesTest, raw_S: Array, worst_S: Array, against: str) -> list[Finding]:
+    def _findings(
+        self, step: int, test: SeriesTest, raw_S: Array, worst_S: Array, against: str, pace_S: Array
+    ) -> list[Finding]:
         heard = np.flatnonzero((test.score > HINT) & np.isfinite(test.expected))
         if not len(heard):
             return []
@@ -118,7 +137,7 @@ class Drift:
             trend, direction = self.trends[positions[column]], int(test.direction[column])
             if direction not in trend.directions:
                 continue  # a test of the user's own that knows no sides
-            centre = test.expected[column] / units[column]
+            centre = (test.expected[column] + pace_S[column]) / units[column]
             centre = math.exp(centre) if trend.scale == "log" else centre
             findings.append(
                 Finding(
@@ -144,6 +163,7 @@ class Drift:
             "clock": [self._last, self._tokens, self._gridded],
             "held": [[*key, reading.values.tolist()] for key, reading in self._held.items()],
             "warmup": self.warmup.state_dict(),
+            "rates": [self.rates.state_dict(), self._before],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -154,6 +174,8 @@ class Drift:
         held = [Reading(metric, site, np.array(values)) for metric, site, values in state["held"]]
         self._held = {(reading.metric, reading.site): reading for reading in held}
         self.warmup.load_state_dict(state["warmup"])
+        rates, self._before = state["rates"]
+        self.rates.load_state_dict(rates)
 
 
 def _began(test: SeriesTest, columns: Array) -> tuple[Array, Array]:

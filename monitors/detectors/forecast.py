@@ -23,7 +23,8 @@ FIT = 30  # samples of a fit: long against the noise, short against a schedule
 MIN_FIT = 12  # four points in each third is the least a median of a third is worth
 ERRORS = 60  # past errors that set the spread
 DAMPING = 0.6  # of the slope is carried forward (Gardner's damped trend): a slow ramp that enters the fit stays visible
-MIN_ERRORS = 10  # below this the median error is itself uncertain by more than a third
+MIN_ERRORS = 4  # fewer say nothing of the spread
+UNSURE = 4.0  # n errors are known to a share of about 1/n: the spread is raised by 1 + 4/n, twofold at first
 MOST_ALIKE = (
     0.4  # lag-one correlation that is believed at most: a slow ramp makes errors alike too, and must stay visible
 )
@@ -35,6 +36,7 @@ class Forecast:
 
     def __init__(self, least: float = 0.0) -> None:
         self.least = least
+        self.frozen = False  # learn nothing: what comes is under suspicion for another reason
         self.steps: list[int] = []
         self.values = np.empty((0, 0))
         self.errors = np.empty((0, 0))
@@ -54,12 +56,16 @@ class Forecast:
         level = median(past - slope * time[:, None])
         middle = np.median(time)
         self._predicted = level + slope * (middle + DAMPING * (np.log(step + 1) - middle))
-        spread = np.fmax(NORMAL * median(np.abs(self.errors)) * long_run(self.errors), self.least)
-        enough = (np.isfinite(past).sum(0) >= MIN_FIT) & (np.isfinite(self.errors).sum(0) >= MIN_ERRORS)
+        known = np.isfinite(self.errors).sum(0)
+        unsure = 1 + UNSURE / np.maximum(known, 1)
+        spread = np.fmax(NORMAL * median(np.abs(self.errors)) * long_run(self.errors) * unsure, self.least)
+        enough = (np.isfinite(past).sum(0) >= MIN_FIT) & (known >= MIN_ERRORS)
         return self._predicted, np.where(enough, spread, np.nan)
 
     def learn(self, step: int, x_S: Array, calm_S: Array) -> None:
         """Append a sample; its error counts only while the series is calm."""
+        if self.frozen:
+            return
         keep = FIT + LAG + 1
         x_S = np.where(np.isfinite(x_S), x_S, np.nan)
         self.steps = [*self.steps, step][-keep:]

@@ -23,6 +23,7 @@ from foreshock.records import Array, Reading, Site
 
 LOGITS = "attention/logit_max"
 SHADOW_BIAS = "attention/shadow_bias"
+HINTS = (*policy.FORWARD_LAWS, "law/euler")  # beyond their floors they name a fault before they are alarms of their own
 BESIDE = (*GAINS.values(), LOGITS, SHADOW_BIAS, *SUMS)  # what a law's judgement looks at
 
 
@@ -97,7 +98,7 @@ class LawTest:
             if found is not None and found.metric == "law/shadow":
                 found = replace(found, expected=found.expected + self._along(found, layout, values))
             findings += [] if found is None else [found]
-            if found is not None and found.metric in policy.BACKWARD_LAWS:
+            if found is not None and found.metric in policy.BACKWARD_LAWS and found.score >= 1:
                 findings += self._one_sided(found, layout, values)
         return findings
 
@@ -108,7 +109,7 @@ class LawTest:
         confirmed = score[span][worst] > 1
         if not confirmed:
             worst = int(excess[span].argmax())
-            if law not in policy.FORWARD_LAWS or not excess[span][worst] > 1:
+            if law not in HINTS or not excess[span][worst] > 1:
                 return None
         at = span.start + worst
         (onset,), ((low, high),) = self._floors.began(self._columns[[at]])
@@ -120,7 +121,6 @@ class LawTest:
             value=float(max(excess[at], self._floors.lasting[self._columns[at]]) * limits[at]),
             expected=f"at most {limits[at]:.2g} in {self._dtypes[str(site)]}",
             direction=+1,
-            # A forward beyond its floor tells a forward fault from a backward one even before it is an alarm of its own.
             score=float(score[at]) if confirmed else float(1 - 1 / excess[at]),
             index=self._laws.index(row, worst),
             onset_interval=(int(low), int(high)),
