@@ -33,8 +33,9 @@ class Case:
     """``accepted``: mechanisms that are right, of which an alarm must name one. ``sites``: shell pattern of the names of sites
     that are right, with the run's own name ``""``; None where any is.
 
-    ``damages``: whether the loss is expected to suffer, so that a warning can come in time. ``until``: share of the steps after
-    the fault's start that is needed. ``scratch``: from the first step on, instead of from the healthy run's checkpoint.
+    ``damages``: whether the loss is expected to suffer, so that a warning can come in time, and is judged by that. ``until``: share
+    of the steps after the fault's start that is needed. ``scratch``: from the first step on, instead of from the healthy run's
+    checkpoint.
     """
 
     name: str
@@ -103,7 +104,7 @@ CASES: tuple[Case, ...] = (
             (LOW_PRECISION, BACKWARD), subjects=BOTH),
     _kernel("p-truncated-0", "P truncated to a power of two", Fault(p=Rounding(0, away=False)),
             (LOW_PRECISION, FORWARD, BACKWARD)),
-    _kernel("k-away-0", "K rounded away to a power of two inside the kernel", Fault(k=Rounding(0)), KERNEL, damages=False),
+    _kernel("k-away-0", "K rounded away to a power of two inside the kernel", Fault(k=Rounding(0)), KERNEL),
     _kernel("k-truncated-1", "K truncated to 1 bit inside the kernel", Fault(k=Rounding(1, away=False)), KERNEL, damages=False),
     _kernel("k-truncated-2", "K truncated to 2 bits inside the kernel", Fault(k=Rounding(2, away=False)), KERNEL, damages=False),
     _kernel("scale", "logits scaled by 1/h in place of 1/sqrt(h)", Fault(scale=0.25), (FORWARD,)),
@@ -161,6 +162,8 @@ CASES: tuple[Case, ...] = (
 
     Case("control/delta-noise", "the error of delta-away-1 with random signs",
          Injection(kernel=Fault(delta=Rounding(1), noisy_delta=True)), damages=False, until=0.6),
+    Case("control/delta-noise-5", "the same at 5 bits",  # at 7 the stored O would not change: it has no more
+         Injection(kernel=Fault(delta=Rounding(5), noisy_delta=True)), damages=False, until=0.6),
     Case("control/out-stochastic", "O rounded stochastically to 7 bits", Injection(kernel=Fault(out=Stochastic(7))),
          damages=False, until=0.6),
     Case("control/out-exact-delta", "O away, 1 bit, but an exact D",

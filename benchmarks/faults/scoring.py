@@ -18,10 +18,10 @@ FORESHOCK = "foreshock"
 class Score:
     """One run's numbers, all in steps. ``delays``: by detector, of its first alarm after the fault, None where it was silent.
 
-    ``damaged`` and ``left`` count from step 0. ``right``: whether the mechanism that the first alarm names is accepted;
-    ``right_ever``: whether that of any is. ``site_right``: None where any site is right. ``onset_error``: estimated onset minus
-    true. ``within``: the fault's start lies in the interval that the alarm gives. ``false_alarms``: by detector, how many in the
-    run's own steps if it is healthy.
+    ``damaged`` and ``left`` count from step 0, and are asked only where the case says that it damages. ``right``: whether the
+    mechanism that the first alarm names is accepted; ``right_ever``: whether that of any is. ``site_right``: None where any site is
+    right. ``onset_error``: estimated onset minus true. ``within``: the fault's start lies in the interval that the alarm gives.
+    ``false_alarms``: by detector, how many in the run's own steps if it is healthy.
     """
 
     subject: str
@@ -63,6 +63,7 @@ def score(run: Outcome, twin: Outcome | None, others: Sequence[Sequence[float]] 
     """The numbers of one run. ``twin``: the healthy run of its seed; ``others``: losses of the other healthy seeds."""
     case, job = named(run.job.case), run.job
     faulty = case.group not in HEALTHY_GROUPS
+    clocked = faulty and case.damages
     heard = tuple(alarm for alarm in run.own() if alarm.step >= job.at or not faulty)
     first = heard[0] if heard else None
     steps = {FORESHOCK: [alarm.step for alarm in heard]}
@@ -76,8 +77,8 @@ def score(run: Outcome, twin: Outcome | None, others: Sequence[Sequence[float]] 
         at=job.at,
         steps=run.steps,
         delays={name: found[0] - job.at if found else None for name, found in steps.items()},
-        damaged=damage(run.losses, twin.losses) if faulty and twin is not None else None,
-        left=leaves_band(run.losses, others, job.at) if faulty else None,
+        damaged=damage(run.losses, twin.losses) if clocked and twin is not None else None,
+        left=leaves_band(run.losses, others, job.at) if clocked else None,
         mechanism=first.mechanism if first else None,
         right=first.mechanism in case.accepted if first and faulty else None,
         right_ever=any(alarm.mechanism in case.accepted for alarm in heard) if heard and faulty else None,

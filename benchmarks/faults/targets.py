@@ -26,6 +26,7 @@ def _share(words: str, share: Share, least: float) -> Target:
     return Target(words, measured, share.value >= least if share.total else None)
 
 
+BF16 = "kernel/out-truncated-7"
 PRECISE = ("kernel/out-", "kernel/delta-", "kernel/p-", "kernel/k-")
 
 
@@ -41,8 +42,8 @@ def targets(scores: Sequence[Score]) -> list[Target]:
     def within(limit: int) -> Callable[[Score], bool]:
         return lambda run: run.found and (run.delays[FORESHOCK] or 0) <= limit
 
-    precise = [run for run in those(sparse, *PRECISE) if run.case != "kernel/out-truncated-7"]
-    precise_dense = [run for run in those(dense, *PRECISE) if run.case != "kernel/out-truncated-7"]
+    precise = [run for run in those(sparse, *PRECISE) if run.case != BF16]
+    precise_dense = [run for run in those(dense, *PRECISE) if run.case != BF16]
     calm = [found for found in scores if found.group in HEALTHY_GROUPS]
     steps, alarms = sum(run.steps for run in calm), sum(run.false_alarms[FORESHOCK] for run in calm)
     quiet = [run for run in scores if run.group in (*HEALTHY_GROUPS, "control")]
@@ -76,10 +77,13 @@ def targets(scores: Sequence[Score]) -> list[Target]:
             f"{len(controls)} runs: {', '.join(sorted({run.case for run in controls})) or 'none'}",
             not controls if any(run.group == "control" for run in scores) else None,
         ),
-        _share(
-            "O truncated to bf16's 7 bits heard within 50 steps",
-            Share.of(map(within(50), those(scores, "kernel/out-truncated-7"))),
-            1.0,
+        *(
+            _share(
+                f"O truncated to bf16's 7 bits heard within 50 steps at every={every}",
+                Share.of(map(within(50), runs)),
+                1.0,
+            )
+            for every, runs in ((1, those(dense, BF16)), (SPARSE, those(sparse, BF16)))
         ),
         _ahead_of_peers(detector_rows(scores)),
     ]
