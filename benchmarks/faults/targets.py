@@ -48,7 +48,7 @@ def targets(scores: Sequence[Score]) -> list[Target]:
     steps, alarms = sum(run.steps for run in calm), sum(run.false_alarms[FORESHOCK] for run in calm)
     quiet = [run for run in scores if run.group in (*HEALTHY_GROUPS, "control")]
     wronged = [run for run in quiet if set(run.mechanisms) & set(KERNEL)]
-    controls = [run for run in scores if run.group == "control" and set(run.mechanisms) & {*KERNEL, *ROUTER}]
+    controls = [run for run in scores if run.group in ("control", "data") and set(run.mechanisms) & {*KERNEL, *ROUTER}]
     slow = those(sparse, "kernel/out-away", "kernel/out-truncated-1", "kernel/delta", "kernel/p-")
     jumps = those(sparse, "router/jump", "router/balance", "router/dead-expert")
     return [
@@ -73,9 +73,9 @@ def targets(scores: Sequence[Score]) -> list[Target]:
         ),
         _share("mechanism right where a fault was heard", Share.of(run.right for run in faults), 0.9),
         Target(
-            "no control called a kernel's or a router's fault",
+            "no control and no data fault called a kernel's or a router's",
             f"{len(controls)} runs: {', '.join(sorted({run.case for run in controls})) or 'none'}",
-            not controls if any(run.group == "control" for run in scores) else None,
+            not controls if any(run.group in ("control", "data") for run in scores) else None,
         ),
         *(
             _share(
