@@ -227,3 +227,45 @@ def test_an_excursion_that_heals_itself_is_no_alarm(length) -> None:
     series = healthy(2000)
     series["router/load", "r0"][80 : 80 + length] *= 1.7
     assert run(Drift(), series) == []
+
+
+# -- the learning rate -------------------------------------------------------------------------------------------------
+
+
+def _increments(schedule, norms, seed: int = 5) -> list[int]:
+    """Steps at which the norm of the increments is out, for a schedule and what the norm does, both by step."""
+    rng, drift, out = np.random.default_rng(seed), Drift(), []
+    for step in range(0, STEPS, EVERY):
+        noise = np.exp(0.07 * rng.standard_normal(4))
+        readings = [
+            Reading("optim/lr", None, np.array([schedule(step)])),
+            Reading("attention/delta2_norm", "a0", norms(step) * noise),
+        ]
+        out += [step for finding in drift.update(step, readings, {}) if finding.score >= 1]
+    return out
+
+
+def _warm(step: int) -> float:
+    return min(1.0, (step + 1) / 100)
+
+
+def test_increments_that_follow_a_restarted_schedule_are_healthy() -> None:
+    def decayed(step: int) -> float:
+        return _warm(step) * (0.05 + 0.95 * (1 - (step - 100) % 600 / 600 if step > 100 else 1))
+
+    def restarted(step: int) -> float:
+        return _warm(step) * (0.3 if 200 <= step < 900 else 1.0)
+
+    assert _increments(decayed, decayed) == []
+    assert _increments(restarted, restarted) == []
+    assert _increments(_warm, restarted), "the same increments under a constant rate are not"
+
+
+@pytest.mark.parametrize("steps", [400, 800, 1600])
+def test_a_rate_that_ramps_beyond_its_peak_is_not_taken_for_a_trend(steps: int) -> None:
+    def ramped(step: int) -> float:
+        return _warm(step) * 30 ** min(max(step - 400, 0) / steps, 1.0)
+
+    first, *_ = _increments(ramped, ramped)
+    assert ramped(first) < 4
+    assert first > 400
