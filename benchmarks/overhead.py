@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch._inductor.config
 from families import model_of
-from measuring import Ratio, interleaved, ratio, where, write
+from measuring import interleaved, ratio, where, write
 from rich.console import Console
 from rich.table import Table
 from torch import nn

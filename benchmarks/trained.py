@@ -54,7 +54,10 @@ class Trained:
         self.watch = None if way.watch is None else Watch(folder, strict=True, detectors=[], **way.watch)
         self._collected = Collected(self.model) if way.hooks else None
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        backend: Any = "inductor" if self.watch is None else self.watch.backend
+        inductor = torch._dynamo.lookup_backend("inductor")
+        backend: Any = inductor if self.watch is None else self.watch.backend
+        if way.hooks:  # Dynamo does not guard on hooks: by the same backend it would serve the graph without them
+            backend = lambda module, inputs: inductor(module, inputs)  # noqa: E731
         run = torch.compile(self.model, backend=backend) if way.compiled else self.model
         self._loss = lambda: loss(run)
 
@@ -117,7 +120,7 @@ def caching_in(folder: Path) -> Iterator[None]:
 
 
 def compiled(make: Make, way: Way, cache: Path, steps: int = 1, folder: Path | None = None) -> tuple[Trained, Compiled]:
-    """Trained for ``steps`` with ``cache`` as the compilers' folder, and what that took: the steps themselves are short beside it."""
+    """Trained for ``steps`` with ``cache`` as the compilers' folder, and what that took; steps are short beside it."""
     counters.clear()
     before = metrics.generated_kernel_count
     with caching_in(cache):

@@ -151,7 +151,9 @@ def pages() -> ModuleType:
 
 def test_the_page_of_metrics_is_fresh(pages: ModuleType) -> None:
     assert (ROOT / "docs/metrics.md").read_text() == pages.metrics_page(), "docs/metrics.md is stale: make docs"
-    assert (ROOT / "docs/mechanisms.md").read_text() == pages.mechanisms_page(), "docs/mechanisms.md is stale: make docs"
+    assert (ROOT / "docs/mechanisms.md").read_text() == pages.mechanisms_page(), (
+        "docs/mechanisms.md is stale: make docs"
+    )
 
 
 def test_the_table_in_the_readme_is_fresh(pages: ModuleType) -> None:
