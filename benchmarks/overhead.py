@@ -1,6 +1,6 @@
 """What watching costs a training step, a compilation and memory, against plain inductor and against hooks.
 
-    python benchmarks/overhead.py [--quick] [--json FOLDER] [--models dense moe llama]
+    python benchmarks/overhead.py [--quick] [--json FOLDER] [--models dense moe llama] [--steps WAY ...]
 
 Each round runs a block of steps of every way, in turns; a ratio is that of medians over rounds, with the interval that holds
 95 % of its bootstrap. Blocks have ten steps, for some things are done every tenth. A step is forward, backward, AdamW, and what
@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds, and a dense model of two layers")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--models", nargs="+", default=list(MAKES), choices=list(MAKES))
+    parser.add_argument("--steps", nargs="+", choices=list(WAYS), help="step times of these ways, and nothing else")
     parser.add_argument("--json", metavar="FOLDER")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -163,12 +164,18 @@ def main() -> None:
     if options.quick:
         MAKES["dense"] = plain(Size(width=256, layers=2, heads=4, hidden=1024), 1, 256)
     for name in options.models:
+        rounds = options.rounds or (3 if options.quick else 7)
         with tempfile.TemporaryDirectory() as folder:
+            if options.steps:
+                torch._dynamo.reset()
+                found = {way: Trained(MAKES[name], WAYS[way], Path(folder) / _slug(way)) for way in options.steps}
+                told[name] = {"steps": steps(console, name, found, rounds)}
+                continue
             found, compiling = compilations(console, name, MAKES[name], Path(folder))
             for way, of in WAYS.items():
                 if not of.compiled and (not of.hooks or name in SIZES):
                     found[way] = Trained(MAKES[name], of)
-            taken = steps(console, name, found, options.rounds or (3 if options.quick else 7))
+            taken = steps(console, name, found, rounds)
             told[name] = {"compilation": compiling, "steps": taken, "rest": rest(console, name, found, Path(folder))}
     write("overhead", told, options.json)
 

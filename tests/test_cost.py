@@ -136,3 +136,24 @@ def test_a_number_takes_four_bytes_and_little_more(tmp_path: Path) -> None:
             store.close()
             sizes.append((tmp_path / FILE).stat().st_size)
     assert (sizes[1] - sizes[0]) / (2048 * 64 * 8) <= 1.05 * 4
+
+
+def test_a_new_series_costs_the_same_beside_many(tmp_path: Path) -> None:
+    """Steps of SQLite's machine for the first record of 2,000 series, over those of 200."""
+
+    def operations(series: int) -> int:
+        count, store = 0, RunStore(tmp_path / str(series))
+
+        def progress() -> int:
+            nonlocal count
+            count += 1
+            return 0
+
+        store._connection().set_progress_handler(progress, 100)
+        store.write(0, [Reading(f"metric/{i}", "site", np.zeros(1)) for i in range(series)])
+        store.flush()
+        store._connection().set_progress_handler(None, 0)
+        store.close()
+        return count
+
+    assert operations(2000) <= 11 * operations(200)
