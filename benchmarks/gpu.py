@@ -1,6 +1,6 @@
 """Step time and memory on a CUDA device, plain and watched, default and reduce-overhead. `benchmarks/gpu.sh` runs it.
 
-    python benchmarks/gpu.py [--device cpu --tiny] [--seconds 330]
+    python benchmarks/gpu.py [--device cpu --tiny] [--seconds 300]
 
 A dense decoder of 350M parameters and one of 1B with experts, in bfloat16, AdamW. Blocks of ten steps run in turns, timed from a
 quiet device to a quiet device; what foreshock does about a step is in them. Needs torch and numpy alone.
@@ -97,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--seconds", type=float, default=330)
+    parser.add_argument("--seconds", type=float, default=300)
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = 64
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU: times say nothing about a GPU"

@@ -18,6 +18,8 @@ PY
 )
 [ -z "$missing" ] || printf 'not installed, and what it is needed for:\n%s\n' "$missing"
 
+"$PYTHON" -c 'import torch, numpy, networkx' 2>/dev/null || exit 1
+
 # Three folders are three packages: links stand in for an installation.
 links=$(mktemp -d)
 trap 'rm -rf "$links"' EXIT
@@ -27,8 +29,8 @@ for room in patterns passes monitors; do ln -s "$PWD/$room" "$links/foreshock/$r
 export PYTHONPATH="$links:$PWD/benchmarks:$PWD/tests"
 
 if "$PYTHON" -c 'import pytest, torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-    timeout 120 "$PYTHON" -m pytest -q -p no:cacheprovider -o addopts="--import-mode=importlib" -o timeout=100 -m gpu tests/test_transfer.py || echo "tests: FAILED"
+    timeout 100 "$PYTHON" -m pytest -q -p no:cacheprovider -o addopts="--import-mode=importlib" -m gpu tests/test_transfer.py || echo "tests: FAILED"
 else
     echo "tests that need a GPU: left out (no pytest, or no CUDA device)"
 fi
-timeout 360 "$PYTHON" benchmarks/gpu.py "$@"
+timeout 370 "$PYTHON" benchmarks/gpu.py "$@"

@@ -279,7 +279,8 @@ def _per_group(x_H: Tensor, groups: int) -> Tensor:
 
 def _heads_together(x_BHd: Tensor, groups: int) -> Tensor:
     """As `_per_group`, a batch and a channel each."""
-    return x_BHd.unflatten(1, (groups, -1)).sum(2)
+    summed: Tensor = x_BHd.unflatten(1, (groups, -1)).sum(2)
+    return summed
 
 
 def _like(x_BG: Tensor, of_keys: Tensor) -> Tensor:
