@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all lint docs wheel clean
+.PHONY: demo test test-all lint docs bench wheel clean
 
 demo: $(READY)
 	$(BIN)/foreshock demo
@@ -29,6 +29,13 @@ lint: $(READY)
 # docs/metrics.md and the table in README.md, from the registry of metrics.
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+
+# The tables of docs/log.md that say what watching costs, one after the other; each with JSON in build/bench.
+bench: $(READY)
+	$(BIN)/python benchmarks/matching.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/overhead.py --rounds 3 --json build/bench
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py --json build/bench
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/spectra.py --json build/bench
 
 # The wheel, installed alone, must hold every subpackage and register the backend.
 wheel: $(READY)

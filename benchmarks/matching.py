@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -87,34 +88,37 @@ def _tiled(module: GraphModule, nodes: int) -> GraphModule:
     return _torch.graph_module(module, graph)
 
 
-def against_size(largest: int) -> None:
-    """Seconds for graphs of 100 to ``largest`` nodes, and the slope on log axes."""
-    measured: list[tuple[int, float, float]] = []
+def by_size(sizes: Sequence[int]) -> list[tuple[int, int, float, float]]:
+    """Nodes, sites, processor seconds of matching and of rewriting, for tiled graphs of about so many nodes."""
+    measured: list[tuple[int, int, float, float]] = []
 
     def backend(module: GraphModule, inputs: list[Any]) -> Any:
-        for power in range(4, 1 + round(2 * np.log10(largest))):
-            tiled = _tiled(module, round(10 ** (power / 2)))
-            start = time.perf_counter()
+        for size in sizes:
+            tiled = _tiled(module, size)
+            start = time.process_time()
             copied, _ = copy_graph(tiled)
             expand(copied)
             view = GraphView.of(copied.graph, inputs)
             matches = find(view).matches
-            found = time.perf_counter()
+            found = time.process_time()
             facts = [{**match.facts, "layout": match.layout, "rows": 16} for match in matches]
             sites = [SitePlan(i, str(i), match, (ATTENTION,), facts[i]) for i, match in enumerate(matches)]
             fakes = [node.meta["example_value"] for node in copied.graph.nodes if node.op == "placeholder"]
             instrument(Plan(copied, view, sites, _torch.fake_mode_of(fakes), torch.device("cpu"), 16, True))
-            done = time.perf_counter()
-            measured.append((len(tiled.graph.nodes), found - start, done - found))
-            print(
-                f"{measured[-1][0]:>8} nodes {len(sites):>6} sites: "
-                f"matching {found - start:8.3f} s, rewriting {done - found:8.3f} s"
-            )
+            measured.append((len(tiled.graph.nodes), len(sites), found - start, time.process_time() - found))
         return module.forward
 
     torch._dynamo.reset()
     torch.compile(Layer(), backend=backend, fullgraph=True)(torch.randn(2, 16, WIDTH).requires_grad_())
-    nodes, matching, rewriting = (np.array(column, float) for column in zip(*measured[-5:], strict=True))
+    return measured
+
+
+def against_size(largest: int) -> None:
+    """Seconds for graphs of 100 to ``largest`` nodes, and the slope on log axes."""
+    measured = by_size([round(10 ** (power / 2)) for power in range(4, 1 + round(2 * np.log10(largest)))])
+    for nodes, sites, matching, rewriting in measured:
+        print(f"{nodes:>8} nodes {sites:>6} sites: matching {matching:8.3f} s, rewriting {rewriting:8.3f} s")
+    nodes, _, matching, rewriting = (np.array(column, float) for column in zip(*measured[-5:], strict=True))
     slope = np.polyfit(np.log(nodes), np.log(matching + rewriting), 1)[0]
     print(f"slope on log axes, the last five: {slope:.2f}")
 

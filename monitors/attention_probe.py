@@ -29,13 +29,22 @@ def _heads_first(facts: Facts, tensors: Tensors) -> dict[str, Tensor]:
     return {role: canonical(x, layout[role]) if role in layout else x for role, x in tensors.items()}
 
 
-def _nonfinite(*tensors: Tensor) -> Tensor:
-    return torch.stack([(~torch.isfinite(x)).sum().float() for x in tensors])
+# Whatever is asked of all entries of a head goes over positions first: one order for all of it is one pass over the tensor.
 
 
-def _near_overflow(x: Tensor) -> Tensor:
-    """The share of entries beyond half of what their dtype can hold, infinities among them."""
-    return (x.abs() > torch.finfo(x.dtype).max / 2).float().mean()
+def _sum(x_BHSd: Tensor) -> Tensor:
+    """``[H]``"""
+    return x_BHSd.sum(2).sum((0, 2))
+
+
+def _largest(x_BHSd: Tensor) -> Tensor:
+    """``[H]``"""
+    return x_BHSd.amax(2).amax((0, 2)).float()
+
+
+def _count(where_BHSd: Tensor) -> Tensor:
+    """A whole number, and exact."""
+    return where_BHSd.sum(2, dtype=torch.int32).sum().float()
 
 
 def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
@@ -47,17 +56,18 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
     found: dict[str, Tensor] = {}
     present = [role for role in _ROLES if role in t]
     positions = [torch.ones_like(t[role][:, 0, :, 0], dtype=torch.float32).sum() for role in present]
+    lost, near = [], []
     for role, many in zip(present, positions, strict=True):  # means count by their positions: microbatches may differ
-        x = t[role].float()
-        found[f"{role}_mean_square"] = x.square().mean((0, 2, 3)) * many
-        found[f"{role}_absmax"] = x.abs().amax((0, 2, 3))
+        x, size = t[role].float(), t[role].abs()
+        found[f"{role}_mean_square"] = _sum(x.square()) / (x.numel() / x.shape[1]) * many
+        found[f"{role}_absmax"] = _largest(size)
+        lost.append(_count(~torch.isfinite(t[role])))
+        near.append(_count(size > torch.finfo(size.dtype).max / 2) / x.numel() * many)
     if "out" in t:
         found["hull"] = _beyond_hull(t["out"], t["v"])
     found["positions"] = torch.stack(positions)
-    found["nonfinite"] = _nonfinite(*(t[role] for role in present))
-    found["near_overflow"] = torch.stack(
-        [_near_overflow(t[role]) * n for role, n in zip(present, positions, strict=True)]
-    )
+    found["nonfinite"] = torch.stack(lost)
+    found["near_overflow"] = torch.stack(near)
     if facts["rows"]:
         found.update(_sampled_rows(facts, t, rows))
     return found
@@ -69,11 +79,15 @@ def _beyond_hull(out_BHSv: Tensor, v_BGTv: Tensor) -> Tensor:
     Zero counts as a value: a row without keys is zero, and columns that are no keys (sinks) take part of each row. A row of NaN,
     which some kernels make of no keys, says nothing here; a NaN is an event of its own.
     """
-    groups, tiny = v_BGTv.shape[1], torch.finfo(v_BGTv.dtype).tiny
-    v, out = v_BGTv.float(), out_BHSv.float().unflatten(1, (groups, out_BHSv.shape[1] // groups))
-    low, high = (x[:, :, None, None] for x in (v.amin(2).clamp(max=0), v.amax(2).clamp(min=0)))
-    beyond = torch.maximum(out - high, low - out) / torch.maximum(high, -low).clamp(min=tiny)
-    return torch.where(torch.isnan(beyond), 0.0, beyond).clamp(min=0).amax((0, 3, 4)).flatten()
+    each, tiny = out_BHSv.shape[1] // v_BGTv.shape[1], torch.finfo(v_BGTv.dtype).tiny
+    low, high = (
+        x.float().unsqueeze(2).expand(-1, -1, each, -1).flatten(1, 2)
+        for x in (v_BGTv.amin(2).clamp(max=0), v_BGTv.amax(2).clamp(min=0))
+    )
+    told = torch.where(out_BHSv == out_BHSv, out_BHSv, 0.0)  # `isnan` is no vector instruction
+    over, under = told.amax(2).float() - high, low - told.amin(2).float()
+    beyond = torch.maximum(over, under) / torch.maximum(high, -low).clamp(min=tiny)
+    return torch.where(torch.isnan(beyond), 0.0, beyond).clamp(min=0).amax((0, 2))
 
 
 def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
@@ -194,33 +208,34 @@ def _visible(
 def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
     """The laws' sums, a key/value head each, and gradient statistics. Without ``out``, those that need only q, k and v."""
     t = {role: x.float() for role, x in _heads_first(facts, tensors).items()}
-    read = [gradients[role] for role in _ROLES if role in gradients]
-    g = {role: bounded(x.float()) for role, x in _heads_first(facts, gradients).items()}
+    raw = _heads_first(facts, {role: gradients[role] for role in _ROLES if role in gradients})
+    g = {role: bounded(x.float()) for role, x in raw.items()}
     q, k, dq, dk, dv = t["q"], t["k"], g["q"], g["k"], g["v"]
     groups, scale = k.shape[1], facts["scale"] or 1.0
     dk_sum, dv_sum = dk.sum(2), dv.sum(2)
-    q_dq, k_dk = (q * dq).sum(3), (k * dk).sum(3)
+    q_dq, k_dk, q_square = (q * dq).sum(3), (k * dk).sum(3), q.square().sum(3)
+    key_norm = _sum(dk.square())
+    noise_q, noise_k = _sum((q * dq).square()), _sum((k * dk).square())
+    if smallest := tiny(gradients["q"]):
+        noise_q = noise_q + smallest * q_square.sum((0, 2))
+    if smallest := tiny(gradients["k"]):
+        noise_k = noise_k + smallest * _sum(k.square())
     found = {
         "key_shift": dk_sum.square().sum((0, 2)),
-        "key_norm": dk.square().sum((0, 2, 3)),
-        "euler_q": _per_group(q_dq.sum(2), groups).sum(0),
+        "key_norm": key_norm,
+        "euler_q": _per_group(q_dq.sum((0, 2)), groups),
         "euler_k": k_dk.sum((0, 2)),
-        "euler_norm": _per_group(q_dq.square().sum(2), groups).sum(0) + k_dk.square().sum((0, 2)),
-        "euler_noise": _per_group((q * dq).square().sum((2, 3)), groups).sum(0)
-        + (k * dk).square().sum((0, 2, 3))
-        + tiny(gradients["q"]) * _per_group(q.square().sum((2, 3)), groups).sum(0)
-        + tiny(gradients["k"]) * k.square().sum((0, 2, 3)),
-        "grad_q": dq.square().sum((0, 2, 3)),
-        "grad_v": dv.square().sum((0, 2, 3)),
+        "euler_norm": _per_group(q_dq.square().sum((0, 2)), groups) + k_dk.square().sum((0, 2)),
+        "euler_noise": _per_group(noise_q, groups) + noise_k,
+        "grad_q": _sum(dq.square()),
+        "grad_v": _sum(dv.square()),
     }
     if "out" in t:
-        do = g["out"]
-        do_sum = _like(_per_group(do.sum(2), dv.shape[1]), dv_sum)
-        delta = (do * t["out"]).sum(3)
-        u = _like(_per_group((delta.unsqueeze(3) * q).sum(2), groups), dk_sum) * scale
-        unsure = (do * t["out"]).square().sum(3) * q.square().sum(
-            3
-        )  # of rowsum(dO * O), O rounded, and what it does to dK
+        do, do_o = g["out"], g["out"] * t["out"]
+        do_sum = _like(_heads_together(do.sum(2), dv.shape[1]), dv_sum)
+        delta = do_o.sum(3)
+        u = _like(_heads_together((delta.unsqueeze(3) * q).sum(2), groups), dk_sum) * scale
+        unsure = do_o.square().sum(3) * q_square  # of rowsum(dO * O), O rounded, and what it does to dK
         found |= {
             "value_mass": (dv_sum - do_sum).square().sum((0, 2)),
             "value_norm": do_sum.square().sum((0, 2))
@@ -228,14 +243,14 @@ def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str,
             + underflow(gradients["v"]) / dv.shape[1],
             "bias_num": -(dk_sum * u).sum((0, 2)),
             "bias_den": u.square().sum((0, 2)),
-            "key_noise": _per_group(unsure.sum(2), groups).sum(0) * scale**2 + underflow(gradients["k"]) / groups,
+            "key_noise": _per_group(unsure.sum((0, 2)), groups) * scale**2 + underflow(gradients["k"]) / groups,
             "delta": delta.sum((0, 2)),
             "delta_sign": delta.sign().sum((0, 2)),
             "delta_rows": torch.ones_like(delta).sum((0, 2)),
-            "grad_out": do.square().sum((0, 2, 3)),
+            "grad_out": _sum(do.square()),
         }
-    found["grad_nonfinite"] = _nonfinite(*read)
-    found["grad_absmax"] = torch.stack([x.abs().amax().float() for x in read])
+    found["grad_nonfinite"] = torch.stack([_count(~torch.isfinite(x)) for x in raw.values()])
+    found["grad_absmax"] = torch.stack([_largest(x.abs()).amax() for x in raw.values()])
     return found
 
 
@@ -257,9 +272,15 @@ def underflow(x: Tensor) -> float:
     return x.numel() * tiny(x) if x.dtype == torch.float16 else 0.0
 
 
-def _per_group(x_BH: Tensor, groups: int) -> Tensor:
+def _per_group(x_H: Tensor, groups: int) -> Tensor:
     """Sums over the query heads of each of ``groups`` key or value heads."""
-    return x_BH.reshape(x_BH.shape[0], groups, -1, *x_BH.shape[2:]).sum(2)
+    return x_H.reshape(groups, -1).sum(1)
+
+
+def _heads_together(x_BHd: Tensor, groups: int) -> Tensor:
+    """As `_per_group`, a batch and a channel each."""
+    summed: Tensor = x_BHd.unflatten(1, (groups, -1)).sum(2)
+    return summed
 
 
 def _like(x_BG: Tensor, of_keys: Tensor) -> Tensor:

@@ -51,24 +51,26 @@ class Increment:
 def increment(now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tuple[int, ...]]) -> Increment:
     """From the stages of one side, float64 ``[L, groups, inputs, channels]`` and their gains ``[L, groups, channels]``."""
     (new, *inner_new), (old, *inner_old) = (
-        [matrix * gain[:, :, None] for matrix, gain in zip(of[::2], of[1::2], strict=True)] for of in (now, base)
+        [_scaled(matrix, gain) for matrix, gain in zip(of[::2], of[1::2], strict=True)] for of in (now, base)
     )
-    change = new - old
-    metric: Tensor | None = None
+    left, right = new - old, old
+    met_left, met_right = left, right
     if inner_new:
         metric = _gram(_met(torch.cat(_change_of_product(inner_new, inner_old, maps[1:]), -1), maps[0]))
-        left = torch.cat([new, change], -2)
-        right = torch.cat([torch.zeros_like(old), old], -2)
-    else:
-        left, right = change, old
-    squares = [
-        (_gram(x) if metric is None else x.mT @ metric @ x).diagonal(dim1=-2, dim2=-1).sum(-1) for x in (left, right)
-    ]
-    moved, whole = (x.clamp_min(0) for x in squares)
-    size = moved.sqrt() / torch.where(whole > 0, whole, torch.ones_like(whole)).sqrt()
-    joined = torch.cat([left / _nonzero(size)[..., None, None], right], -1)
-    gram = _gram(joined) if metric is None else joined.mT @ metric @ joined
-    return Increment(gram, size, moved.sum(-1), whole.sum(-1))
+        left, right = torch.cat([new, left], -2), torch.cat([torch.zeros_like(old), old], -2)
+        met_left, met_right = metric @ left, metric @ right
+    # The blocks of the Gram matrix, each product once: half of it is the other half's transpose.
+    change, across, whole = left.mT @ met_left, left.mT @ met_right, right.mT @ met_right
+    moved, held = (x.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0) for x in (change, whole))
+    size = moved.sqrt() / _nonzero(held).sqrt()
+    unit = _nonzero(size)[..., None, None]
+    change, across = change / unit.square(), across / unit
+    gram = torch.cat([torch.cat([change, across], -1), torch.cat([across.mT, whole], -1)], -2)
+    return Increment(gram, size, moved.sum(-1), held.sum(-1))
+
+
+def _scaled(matrix: Tensor, gain: Tensor) -> Tensor:
+    return matrix if bool((gain == 1).all()) else matrix * gain[:, :, None]
 
 
 def _change_of_product(
@@ -83,7 +85,14 @@ def _change_of_product(
 
 def _met(x: Tensor, head_map: Sequence[int]) -> Tensor:
     """``x [L, heads, ...]`` for each head that reads it; one for all broadcasts."""
-    return x if x.shape[1] == 1 else x[:, list(head_map)]
+    return x if x.shape[1] == 1 else _by_head(x, head_map)
+
+
+def _by_head(x: Tensor, head_map: Sequence[int]) -> Tensor:
+    """``x [L, groups, ...]`` for each head; a view where heads have groups of their own, or one together."""
+    if x.shape[1] == 1:
+        return x.expand(x.shape[0], len(head_map), *x.shape[2:])
+    return x if tuple(head_map) == tuple(range(x.shape[1])) else x[:, list(head_map)]
 
 
 @torch.no_grad()
@@ -94,21 +103,23 @@ def statistics(q: Increment, k: Increment, q_map: Sequence[int], k_map: Sequence
     step.
     """
     ratio = ((q.moved + k.moved) / (q.whole + k.whole)).sqrt() / max(age, 1)
-    gram_q, gram_k = q.gram[:, list(q_map)], k.gram[:, list(k_map)]
-    q_size, k_size = q.size[:, list(q_map)], k.size[:, list(k_map)]
-    h = gram_q.shape[-1] // 2
+    h = q.gram.shape[-1] // 2
+    gram_q, q_size = (_by_head(x, q_map) for x in (q.gram, q.size))
+    gram_k, k_size = (_by_head(x, k_map) for x in (k.gram, k.size))
     dq_gram, dk_gram = gram_q[..., :h, :h], gram_k[..., :h, :h]
-    gram_k = gram_k.roll((h, h), (-2, -1))  # B = [Wk, dWk]
 
     # Delta2 = size * [dWq / q_size * a, Wq * b] [Wk, dWk / k_size]^T with a = q_size / size, b = k_size / size.
     size = torch.maximum(q_size, k_size)
     a, b = q_size / _nonzero(size), k_size / _nonzero(size)
     weight = torch.cat([a[..., None].expand(*a.shape, h), b[..., None].expand(*b.shape, h)], -1)
+    weighted = (gram_q * weight[..., None]).mul_(weight[..., None, :])
+    # What a weight alone is asked is asked once for all heads that read it.
+    own_q, own_k = (_eigenvalues(side.gram[..., :h, :h]) for side in (q, k))
     spectra = {
-        "delta2": (_squared_singular(gram_q * weight[..., None] * weight[..., None, :], gram_k), size),
+        "delta2": (_squared_singular(weighted, gram_k.roll((h, h), (-2, -1))), size),  # B = [Wk, dWk]
         "delta3": (_squared_singular(dq_gram, dk_gram), q_size * k_size),
-        "dwq": (_eigenvalues(dq_gram), q_size),
-        "dwk": (_eigenvalues(dk_gram), k_size),
+        "dwq": (_by_head(own_q, q_map), q_size),
+        "dwk": (_by_head(own_k, k_map), k_size),
     }
     values: dict[str, Any] = {UPDATE_RATIO: ratio[:, None].cpu().numpy()}
     for matrix, (squares, scale) in spectra.items():
@@ -142,11 +153,12 @@ def _root(gram: Tensor) -> Tensor:
 
     A matrix that is not finite has NaN, a zero one zero.
     """
-    finite = gram.isfinite().all(-1).all(-1)[..., None, None]
+    finite = _finite(gram)
     gram = torch.where(finite, gram, 0.0)
-    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    root, failed = torch.linalg.cholesky_ex(gram + (CHOLESKY_SHIFT * mean_diagonal) * eye)
+    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
+    shifted = gram.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(CHOLESKY_SHIFT * mean_diagonal)
+    root, failed = torch.linalg.cholesky_ex(shifted)
     if bool(failed.any()):
         values, vectors = torch.linalg.eigh(gram[failed > 0])
         root[failed > 0] = vectors * values.clamp_min(0).sqrt()[..., None, :]
@@ -155,9 +167,14 @@ def _root(gram: Tensor) -> Tensor:
 
 def _eigenvalues(symmetric: Tensor) -> Tensor:
     """Of each matrix, ascending; NaN where one is not finite, for which LAPACK would refuse the whole batch."""
-    finite = symmetric.isfinite().all(-1).all(-1)
-    values: Tensor = torch.linalg.eigvalsh(torch.where(finite[..., None, None], symmetric, 0.0))
-    return torch.where(finite[..., None], values, torch.nan)
+    finite = _finite(symmetric)
+    values: Tensor = torch.linalg.eigvalsh(torch.where(finite, symmetric, 0.0))
+    return torch.where(finite[..., 0], values, torch.nan)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """``[..., 1, 1]``: whether a matrix is; one entry that is not makes the sum so."""
+    return x.sum((-2, -1), keepdim=True).isfinite()
 
 
 def _gram(x: Tensor) -> Tensor:

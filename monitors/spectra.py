@@ -240,4 +240,10 @@ def _by_shape(
 
 def _stacked(sides: Sequence[Side], device: torch.device) -> list[Tensor]:
     """The sides of several sites as one, float64."""
-    return [torch.stack([x.to(device).double() for x in of]) for of in zip(*sides, strict=True)]
+    made = []
+    for of in zip(*sides, strict=True):
+        whole = torch.empty(len(of), *of[0].shape, dtype=torch.float64, device=device)
+        for row, x in zip(whole, of, strict=True):
+            row.copy_(x)
+        made.append(whole)
+    return made

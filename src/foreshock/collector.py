@@ -66,6 +66,7 @@ class Collector:
         self._scalars: list[tuple[int, str, Any]] = []
         self._optimizer: dict[int, dict[str, list[Any]]] = {}
         self._weighed = -1
+        self._verdicts: dict[str, bool] = {}  # by metric, whether its family is recorded
         self._unjudged: dict[tuple[str, str | None], Reading] = {}  # of the weights, since the last judged step
 
     @property
@@ -204,10 +205,15 @@ class Collector:
         return [instance.site for instance in self.instances]
 
     def _wanted(self, metric: str) -> bool:
+        known = self._verdicts.get(metric)
+        if known is not None:
+            return known
         try:
-            return family(metric) in self.families or family(metric) not in FAMILIES  # of a user's own kind of site
+            of = family(metric)
         except ForeshockError:
             return True  # a user's own metric belongs to no family
+        self._verdicts[metric] = of in self.families or of not in FAMILIES  # the latter of a user's own kind of site
+        return self._verdicts[metric]
 
     def _optimizer_readings(self, step: int) -> list[Reading]:
         found = self._optimizer.pop(step, None)

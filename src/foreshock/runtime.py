@@ -14,6 +14,7 @@ from foreshock import _torch
 from foreshock.instances import Instance
 from foreshock.passes import Instrumented, Quantity
 from foreshock.records import Array
+from foreshock.transfer import Read, Transfer
 
 Compiled = Callable[..., Any]
 Merged = dict[Instance, dict[tuple[str, str], Array]]  # by probe and name, 1-D float64, merged over the calls of a step
@@ -27,8 +28,8 @@ class Sample:
     instances: Sequence[Instance]
     forward: Sequence[Quantity]
     backward: Sequence[Quantity]
-    packed: torch.Tensor
-    gradients: Sequence[torch.Tensor]
+    packed: Read
+    gradients: Sequence[Read]
 
     def is_training(self) -> bool:
         """A forward pass whose taps never saw a gradient was an evaluation."""
@@ -41,16 +42,16 @@ class Sample:
             _merge(merged, self.instances, self.backward, gradient)
 
 
-def _take_gradient(gradients: list[torch.Tensor], slot: torch.Tensor) -> None:
+def _take_gradient(transfer: Transfer, gradients: list[Read], slot: torch.Tensor) -> None:
     """Each backward's statistics by themselves: a second one would be added to the first, maxima too."""
     if slot.grad is not None:
-        gradients.append(slot.grad if slot.device.type == "cpu" else slot.grad.clone())
+        gradients.append(transfer.start(slot.grad))
         slot.grad = None
 
 
-def _merge(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quantity], packed: torch.Tensor) -> None:
-    """Bring ``packed`` to the host, cut it by ``layout`` and merge each stretch by its own rule."""
-    values = packed.detach().to("cpu", torch.float64).numpy()
+def _merge(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quantity], packed: Read) -> None:
+    """Read ``packed``, cut it by ``layout`` and merge each stretch by its own rule."""
+    values = packed()
     at = 0
     for quantity in layout:
         part = values[at : at + quantity.size]
@@ -89,6 +90,7 @@ class WatchedGraph:
         self._fail = fail
         self._step = step
         self._broken = rewritten is None
+        self._transfer = Transfer(device)
         self._random = torch.Generator().manual_seed(0x5EED)
 
     def compile(self, sampled: bool) -> Compiled:
@@ -136,12 +138,10 @@ class WatchedGraph:
         state = _torch.random_state(self._device)
         try:
             run = self.compile(True)
-            rows = torch.rand(2 * rewritten.rows, generator=self._random)
-            if self._device.type != "cpu":
-                rows = rows.pin_memory().to(self._device, non_blocking=True)
+            rows = self._transfer.to_device(torch.rand(2 * rewritten.rows, generator=self._random))
             slot = torch.zeros(rewritten.slot_size, device=self._device, requires_grad=True)
-            gradients: list[torch.Tensor] = []
-            slot.register_post_accumulate_grad_hook(functools.partial(_take_gradient, gradients))
+            gradients: list[Read] = []
+            slot.register_post_accumulate_grad_hook(functools.partial(_take_gradient, self._transfer, gradients))
             *outputs, packed = run(*args, rows, slot)
         except _torch.STOP_RECOMPUTATION:
             raise  # how activation checkpointing ends a recomputation early
@@ -155,7 +155,6 @@ class WatchedGraph:
             return tuple(outputs)
         for instance in instances:
             instance.sampled += 1
-        # A replayed CUDA graph writes over its outputs.
-        kept = packed if packed.device.type == "cpu" else packed.clone()
+        kept = self._transfer.start(packed)
         self._deliver(Sample(self._step(), instances, rewritten.forward, rewritten.backward, kept, gradients))
         return tuple(outputs)

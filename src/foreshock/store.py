@@ -167,6 +167,7 @@ class RunStore(Tables):
 
     def _forget(self) -> None:
         self._series: dict[Key, int] = {}
+        self._newest = 0  # the largest id among them
         self._layouts: dict[tuple[tuple[int, int], ...], int] = {}
         self._last: dict[int, int] = {}  # series -> the last step written to the tail since it was last emptied
 
@@ -202,11 +203,12 @@ class RunStore(Tables):
         db.execute("INSERT INTO tail (step, layout, data) VALUES (?, ?, ?)", (step, layout, data))
 
     def _id(self, db: sqlite3.Connection, key: Key) -> int:
+        if key not in self._series:  # another process may have added it
+            for id_, metric, site in db.execute("SELECT id, metric, site FROM series WHERE id > ?", (self._newest,)):
+                self._series[metric, site] = self._newest = int(id_)
         if key not in self._series:
-            find = "SELECT id FROM series WHERE metric = ? AND site IS ?"  # another process may have added it
-            if db.execute(find, key).fetchone() is None:
-                db.execute("INSERT INTO series (metric, site) VALUES (?, ?)", key)
-            [self._series[key]] = db.execute(find, key).fetchone()
+            made = db.execute("INSERT INTO series (metric, site) VALUES (?, ?)", key).lastrowid
+            self._series[key] = self._newest = int(made or 0)
         return self._series[key]
 
     def _layout(self, db: sqlite3.Connection, fields: tuple[tuple[int, int], ...]) -> int:

@@ -1,0 +1,190 @@
+"""What watching costs a training step, a compilation and memory, against plain inductor and against hooks.
+
+    python benchmarks/overhead.py [--quick] [--json FOLDER] [--models dense moe llama] [--steps WAY ...]
+
+Each round runs a block of steps of every way, in turns; a ratio is that of medians over rounds, with the interval that holds
+95 % of its bootstrap. Blocks have ten steps, for some things are done every tenth. A step is forward, backward, AdamW, and what
+foreshock does when it is over: merging, spectra, judging, writing to the run folder.
+
+Compile times are the processor's, compilers included, cold with an empty cache folder and warm with the same one; "two" is the
+first sampled and the first plain step. Peak memory is the most that a step holds, with parameters, gradients and Adam's moments;
+the spectra's snapshots are told apart. Syncs are numbers read from tensors while a step runs; copies are packed vectors brought
+to the host after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from families import model_of
+from measuring import Ratio, interleaved, ratio, where, write
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from trained import Compiled, Make, Trained, Way, compiled
+from transformer import Decoder, Size
+
+WAYS = {
+    "inductor": Way(),
+    "every=10": Way({}),
+    "every=1": Way({"every": 1}),
+    'every=1, "all"': Way({"every": 1, "monitors": "all"}),
+    "hooks": Way(hooks=True),
+    "eager": Way(compiled=False),
+    "eager, hooks": Way(hooks=True, compiled=False),
+}
+TARGETS = {"every=10": 1.01, "every=1": 1.03}
+SIZES = {
+    "dense": (Size(width=512, layers=6, heads=8, hidden=2048), 1, 512),
+    "moe": (Size(width=256, layers=4, heads=4, hidden=512, experts=8), 2, 512),
+}
+BLOCK, SHORT = 10, 3  # steps a block: of ways that do something now and then, of all others
+
+
+def _slug(way: str) -> str:
+    return "".join(letter for letter in way if letter.isalnum())
+
+
+def plain(size: Size, sequences: int, length: int) -> Make:
+    """A decoder of `transformer`, and its loss."""
+
+    def make() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+        tokens = torch.randint(size.vocabulary, (sequences, length), generator=torch.Generator().manual_seed(1))
+        return Decoder(size, length), lambda run: run(tokens)
+
+    return make
+
+
+def llama() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    """Two layers of width 256, on 4 x 256 tokens."""
+    tokens = torch.randint(256, (4, 256), generator=torch.Generator().manual_seed(1))
+    return model_of("Llama", 256), lambda run: run(input_ids=tokens, labels=tokens).loss
+
+
+MAKES: dict[str, Make] = {**{name: plain(*size) for name, size in SIZES.items()}, "llama": llama}
+
+
+def verdict(found: Ratio, target: float) -> str:
+    """By the median; and whether the interval is on one side of the target."""
+    word = "met" if found.value <= target else "MISSED"
+    return word if (found.high <= target) == (found.low <= target) else f"{word}, not surely"
+
+
+def steps(console: Console, name: str, found: dict[str, Trained], rounds: int) -> dict[str, Any]:
+    """The table of step times."""
+    for trained in found.values():
+        trained.step()
+    times = interleaved(
+        {n: (t.step, SHORT if n[0] in "eh" and "=" not in n else BLOCK) for n, t in found.items()}, rounds
+    )
+    table = Table("way", "ms a step", "of inductor", "of eager", "target", title=f"{name}: steps, {rounds} rounds")
+    ratios: dict[str, Any] = {}
+    for way, taken in times.items():
+        of = {base: ratio(taken, times[base]) for base in ("inductor", "eager") if base in times and base != way}
+        target = TARGETS.get(way)
+        told = "" if target is None else f"<= {target} {verdict(of['inductor'], target)}"
+        milliseconds = 1e3 * float(sorted(taken)[len(taken) // 2])
+        table.add_row(way, f"{milliseconds:.1f}", str(of.get("inductor", "")), str(of.get("eager", "")), told)
+        ratios[way] = {"ms": milliseconds, **of}
+    console.print(table)
+    return ratios
+
+
+def compilations(console: Console, name: str, make: Make, folder: Path) -> tuple[dict[str, Trained], dict[str, Any]]:
+    """The table of compilations, and every way compiled."""
+    cold: dict[str, Compiled] = {}
+    ways = {way: of for way, of in WAYS.items() if of.compiled and (not of.hooks or name in SIZES)}
+    for way, of in ways.items():
+        if way == "every=10":
+            continue
+        torch._dynamo.reset()
+        trained, cold[way] = compiled(make, of, folder / _slug(way))
+        trained.close()
+        if way == "every=1":
+            torch._dynamo.reset()
+            trained, cold["two"] = compiled(make, Way({"every": 2}), folder / "two", steps=2)
+            trained.close()
+    torch._dynamo.reset()
+    found, warm = dict[str, Trained](), dict[str, Compiled]()
+    for way, of in ways.items():
+        found[way], warm[way] = compiled(make, of, folder / _slug(way), folder=folder / f"run-{_slug(way)}")
+    table = Table("way", "cold s", "warm s", "graphs", "breaks", "recompiles", "kernels", title=f"{name}: compilation")
+    for way, one in cold.items():
+        seconds = [of[way].seconds if way in of else None for of in (cold, warm)]
+        base = (cold["inductor"].seconds, warm["inductor"].seconds)
+        told = [f"{s:.1f} ({s / b:.2f})" if s is not None else "" for s, b in zip(seconds, base, strict=True)]
+        table.add_row(way, *told, *map(str, (one.graphs, one.breaks, one.recompiles, one.kernels)))
+    console.print(table)
+    console.print("targets of inductor's: every=1 cold <= 1.25, warm <= 1.25, two <= 2.2")
+    return found, {"cold": cold, "warm": warm}
+
+
+def rest(console: Console, name: str, found: dict[str, Trained], folder: Path) -> dict[str, Any]:
+    """The table of memory, syncs and bytes."""
+    base_peak, base_syncs = found["inductor"].peak(), found["inductor"].syncs()
+    table = Table("way", "peak", "+ snapshots", "syncs", "copies", "numbers", "KiB", title=f"{name}: a sampled step")
+    told: dict[str, Any] = {}
+    for way, trained in found.items():
+        watch = trained.watch
+        if watch is None:
+            continue
+        snapshots = trained.snapshot_bytes()
+        peak = (trained.peak() - max(0, trained.snapshot_bytes() - snapshots)) / base_peak
+        syncs, copies = trained.syncs() - base_syncs, trained.copies
+        numbers = sum(
+            len(watch.series(m, s)[1][-1:].reshape(-1))
+            for m in watch.metrics()
+            for s in watch.collector.store.sites_of(m)
+        )
+        trained.close()
+        sampled = -(-watch.step // watch.settings.every)
+        size = sum(file.stat().st_size for file in (folder / f"run-{_slug(way)}").glob("*")) / sampled / 1024
+        ring = trained.snapshot_bytes() / trained.held_bytes()
+        row = {"peak": peak, "snapshots": ring, "syncs": syncs, "copies": copies, "numbers": numbers, "KiB": size}
+        table.add_row(way, f"{peak:.3f}", f"{ring:.3f}", str(syncs), str(copies), str(numbers), f"{size:.1f}")
+        told[way] = row
+    console.print(table)
+    console.print("targets: peak <= 1.02 beside the snapshots, syncs 0\n")
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few rounds, and a dense model of two layers")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--models", nargs="+", default=list(MAKES), choices=list(MAKES))
+    parser.add_argument("--steps", nargs="+", choices=list(WAYS), help="step times of these ways, and nothing else")
+    parser.add_argument("--json", metavar="FOLDER")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # every way compiles the same code once more
+    torch._inductor.config.compile_threads = 1  # compilers are waited for, and so counted
+    console, told = Console(width=120), dict[str, Any]()
+    console.print(" ".join(f"{key} {value}" for key, value in where().items()))
+    if options.quick:
+        MAKES["dense"] = plain(Size(width=256, layers=2, heads=4, hidden=1024), 1, 256)
+    for name in options.models:
+        rounds = options.rounds or (3 if options.quick else 7)
+        with tempfile.TemporaryDirectory() as folder:
+            if options.steps:
+                torch._dynamo.reset()
+                found = {way: Trained(MAKES[name], WAYS[way], Path(folder) / _slug(way)) for way in options.steps}
+                told[name] = {"steps": steps(console, name, found, rounds)}
+                continue
+            found, compiling = compilations(console, name, MAKES[name], Path(folder))
+            for way, of in WAYS.items():
+                if not of.compiled and (not of.hooks or name in SIZES):
+                    found[way] = Trained(MAKES[name], of)
+            taken = steps(console, name, found, rounds)
+            told[name] = {"compilation": compiling, "steps": taken, "rest": rest(console, name, found, Path(folder))}
+    write("overhead", told, options.json)
+
+
+if __name__ == "__main__":
+    main()
