@@ -69,8 +69,8 @@ Condition = Callable[[Evidence, Context], bool]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``leads`` (any one) makes the row's case if ``condition`` agrees and there is not so much as a hint of ``unless``; ``explains`` are taken
-    along as its consequences.
+    """``leads`` (any one) makes the row's case if ``condition`` agrees and there is not so much as a hint of ``unless``;
+    ``explains`` are taken along as its consequences.
 
     ``when`` an alarm may be raised: "now"; "confirmed", heard in two samples or at most heads of the site at once, as a fault of
     hardware is not; "lasting", for something better may explain it meanwhile.

@@ -68,20 +68,17 @@ def floor(law: str, dtype: str) -> float:
     return MARGIN[law].get(dtype, MARGIN[law]["float32"]) * UNIT_ROUNDOFF[dtype]
 
 
-def growth(law: str, gain: Array | None, logit_max: Array | None) -> Array:
-    """By what the floor of ``law/...`` grows at a head where rounding reaches further than into the last bit: 1 and more.
+def growth(gain: Array, logit_max: Array, exponential: Array) -> Array:
+    """By what a floor grows where rounding reaches further than into the last bit: 1 and more. Arrays of one shape.
 
     ``gain`` is what independent roundings of O, q, k, dQ and dK can make of the law's sum, in units of u of its denominator (the
-    metrics ``law/key_gain`` and ``law/euler_gain``): of order 1 as long as rows spread over several keys, beyond 1000 where the
-    softmax is saturated, so that dK is rounding alone. A healthy kernel stays below 5 times that; a quarter of it leaves the
-    floor of 16u three times that distance. ``logit_max``: in float32 and TF32 a logit is off by about u of itself, and P by e to
-    that power; beyond logits of 100 the floors of `EXPONENTIAL` grow with them.
+    metrics of `GAINS`; NaN for other laws): of order 1 as long as rows spread over several keys, beyond 1000 where the softmax is
+    saturated, so that dK is rounding alone. A healthy kernel stays below 5 times that; a quarter of it leaves the floor of 16u
+    three times that distance. ``logit_max`` (NaN: not read) counts for the laws in `EXPONENTIAL`, of which the mask
+    ``exponential`` is true: in float32 and TF32 a logit is off by about u of itself, and P by e to that power; beyond logits of
+    100 their floors grow with them.
     """
-    if law in GAINS and gain is not None:
-        return np.asarray(np.fmax(1.0, gain / 4))
-    if law in EXPONENTIAL and logit_max is not None:
-        return np.asarray(np.fmax(1.0, np.max(logit_max) / 100))
-    return np.ones(1)
+    return np.where(exponential, np.fmax(1.0, logit_max / 100), np.fmax(1.0, gain / 4))
 
 
 class BiasLaw:

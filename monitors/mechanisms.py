@@ -26,6 +26,7 @@ LAW = ("law/key_shift+", "law/value_mass+", "law/euler+")
 SHADOW = ("law/shadow+", "law/hull+")
 KERNEL_LAWS = (*LAW, *SHADOW, "law/router_shift+", "law/token_count+")
 QK = ("attention/delta2_norm+", "attention/delta2_effective_rank@50-")
+GROWTH = ("attention/logit_max+", "attention/delta2_norm+")
 RATIO = "optim/update_ratio+"
 ATTENTION = (*QK, RATIO, "attention/logit_max+", "attention/entropy_norm-", "attention/entropy_norm+")
 ROUTER = (
@@ -192,7 +193,7 @@ TABLE: tuple[Row, ...] = (
         "the router narrows although its balancing is not what moved first",
         "Lower the router's learning rate or add a router z-loss; check what else trains the router weight.",
         when="confirmed"),
-    Row("attention-logit growth", ("attention/logit_max+", "attention/delta2_norm+"), (*ATTENTION, *LATE), "site", "warning", "[W], [Z]",
+    Row("attention-logit growth", GROWTH, (*ATTENTION, *LATE), "site", "warning", "[W], [Z]",
         "the query and key weights or their logits grow, by updates of the usual relative size, while every kernel law holds",
         "Use QK-norm, logit clipping, or weight decay on the query and key weights, or lower their learning rate.",
         _logits_grow),

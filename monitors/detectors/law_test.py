@@ -18,7 +18,7 @@ from foreshock.monitors.detectors.bias import SUMS, BiasTest, SameSign
 from foreshock.monitors.detectors.floors import Floors
 from foreshock.monitors.detectors.sheet import Layout, Places, Sheet
 from foreshock.monitors.finding import Finding, together
-from foreshock.monitors.laws import EXPONENTIAL, GAINS, UNIT_ROUNDOFF, floor
+from foreshock.monitors.laws import EXPONENTIAL, GAINS, UNIT_ROUNDOFF, floor, growth
 from foreshock.records import Array, Reading, Site
 
 LOGITS = "attention/logit_max"
@@ -80,9 +80,8 @@ class LawTest:
     def _limits(self, layout: Layout, values: Array) -> Array:
         """The floor of every residual as it grows where rounding reaches further (`laws.growth`); NaN where none is judged."""
         logits = np.append(layout.each(np.fmax, values), np.nan)[self._logits][self._laws.owner_N]
-        growth = np.fmax(1.0, np.append(values, np.nan)[self._gains] / 4)
-        growth = np.where(self._exponential, np.fmax(1.0, logits / 100), growth)
-        return np.where(logits > policy.LAW_LOGITS, np.nan, self._floor * growth)
+        gains = np.append(values, np.nan)[self._gains]
+        return np.where(logits > policy.LAW_LOGITS, np.nan, self._floor * growth(gains, logits, self._exponential))
 
     def _residuals(self, step: int, layout: Layout, values: Array) -> list[Finding]:
         limits = self._limits(layout, values)

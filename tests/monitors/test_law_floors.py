@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from foreshock.monitors import attention_probe, router_probe
-from foreshock.monitors.laws import GAINS, floor, growth
+from foreshock.monitors.laws import EXPONENTIAL, GAINS, floor, growth
 
 SEED = 11
 LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/hull", "law/shadow")
@@ -64,9 +64,9 @@ def _attention(inputs: tuple[Tensor, ...], form: str) -> dict[str, np.ndarray]:
 
 def _over_floor(got: dict[str, np.ndarray], law: str, dtype: torch.dtype) -> float:
     """NaN: there is nothing to tell, 0/0."""
-    limits = floor(law.removeprefix("law/"), _name(dtype)) * growth(
-        law, got.get(GAINS.get(law, "")), got["attention/logit_max"]
-    )
+    gain = got.get(GAINS.get(law, ""), np.full(len(got[law]), math.nan))
+    grown = growth(gain, got["attention/logit_max"].max(), law in EXPONENTIAL)
+    limits = floor(law.removeprefix("law/"), _name(dtype)) * grown
     over = got[law] / limits
     return float(np.nanmax(over)) if not np.isnan(over).all() else math.nan
 

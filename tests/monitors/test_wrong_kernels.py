@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foreshock import Watch
-from foreshock.monitors.laws import GAINS, floor, growth
+from foreshock.monitors.laws import EXPONENTIAL, GAINS, floor, growth
 from foreshock.monitors.mechanisms import KERNEL
 from foreshock.monitors.policy import BACKWARD_LAWS, FORWARD_LAWS
 
@@ -136,12 +136,12 @@ def over_floor(watch: Watch, law: str, dtype: torch.dtype) -> float:
     """The largest residual in units of its floor, over heads and steps."""
     (site,) = watch.sites
     residuals = watch.series(law, site.id)[1]
-    gains = watch.series(GAINS[law], site.id)[1] if law in GAINS else [None] * len(residuals)
-    tops = watch.series("attention/logit_max", site.id)[1]
-    name = str(dtype).removeprefix("torch.")
-    limits = [floor(law.removeprefix("law/"), name) * growth(law, *pair) for pair in zip(gains, tops, strict=True)]
-    each = [values / limit for values, limit in zip(residuals, limits, strict=True)]
-    return float(np.nanmax(each))
+    gains = watch.series(GAINS[law], site.id)[1] if law in GAINS else np.full(residuals.shape, np.nan)
+    tops = watch.series("attention/logit_max", site.id)[1].max(-1, keepdims=True)
+    limits = floor(law.removeprefix("law/"), str(dtype).removeprefix("torch.")) * growth(
+        gains, tops, law in EXPONENTIAL
+    )
+    return float(np.nanmax(residuals / limits))
 
 
 # -- correct ones --------------------------------------------------------------------------------------------------------
