@@ -49,6 +49,12 @@ def middle(values: Iterable[int | None]) -> float | None:
     return median(known) if known else None
 
 
+def _middle_of_all(values: Sequence[int | None]) -> float | None:
+    """The median where None is beyond every number; None if it is that, or if there is nothing."""
+    found = median([float("inf") if value is None else value for value in values]) if values else float("inf")
+    return None if found == float("inf") else found
+
+
 @dataclass(frozen=True)
 class CaseRow:
     """One case on one model at one sampling; medians are over the runs that have a value."""
@@ -104,7 +110,8 @@ def _case_row(case: str, subject: str, every: int, runs: Sequence[Score]) -> Cas
 
 @dataclass(frozen=True)
 class DetectorRow:
-    """``ahead``: of the fault runs that do damage, how many it heard before. ``delay``: over those it heard at all."""
+    """``ahead``: of the fault runs that do damage, how many it heard before. ``delay``: the median over
+    all of them, one that it never heard being the longest; None where that is most of them."""
 
     name: str
     ahead: Share
@@ -130,7 +137,7 @@ def detector_rows(scores: Sequence[Score]) -> list[DetectorRow]:
             name,
             Share.of(found.ahead(found.damaged, name) for found in hurt),
             Share.of(found.ahead(found.left, name) for found in hurt),
-            middle(found.delays[name] for found in hurt),
+            _middle_of_all([found.delays[name] for found in hurt]),
             sum(found.false_alarms[name] for found in healthy),
             steps,
         )

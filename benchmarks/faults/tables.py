@@ -109,7 +109,7 @@ def _detectors(scores: Sequence[Score]) -> Words:
             row.name,
             str(row.ahead),
             str(row.ahead_of_band),
-            _number(row.delay),
+            "never" if row.delay is None else _number(row.delay),
             str(row.false_alarms),
             f"{row.rate:.2f}",
         )

@@ -91,7 +91,7 @@ class Memory:
     def stopped(self) -> Array:
         """Which heads moved once and do not any more, while some other does."""
         _, _, _, moved, still = self._last[:, self._columns]
-        return (moved >= MOVED) & (still >= STILL) & bool((self._last[0] > 0).any())
+        return np.asarray((moved >= MOVED) & (still >= STILL) & bool((self._last[0] > 0).any()))
 
     def findings(self, step: int, score: Array, expected: str, direction: int) -> list[Finding]:
         """The worst head of every reading that has one at the limit."""
