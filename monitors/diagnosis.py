@@ -25,12 +25,13 @@ class Age:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a row may ask beyond the symptoms: the sites, how far the learning rate rose above the highest that the run was
-    healthy with, this sample's readings by (metric, site), how old each finding is, and the row that blamed the kernel of a site
-    earlier in the run."""
+    """What a row may ask beyond the symptoms: the sites; how far and since when the learning rate is above the highest that the
+    run was healthy with; this sample's readings by (metric, site); how old each finding is; and the row that blamed the kernel of
+    a site earlier in the run."""
 
     sites: Mapping[str, Site]
     lr_rise: float = 1.0
+    lr_since: int | None = None
     readings: Mapping[tuple[str, str | None], Array] = field(default_factory=dict)
     ages: Mapping[tuple[str | None, str, int], Age] = field(default_factory=dict)
     blamed: Mapping[str | None, int] = field(default_factory=dict)

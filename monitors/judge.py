@@ -6,6 +6,7 @@ trend too).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,15 +16,17 @@ from foreshock.errors import ConfigError
 from foreshock.monitors.budget import STEPS_PER_FALSE_ALARM, Budget
 from foreshock.monitors.detectors import Drift, Extrapolation, LawTest, Limits, Moves, NonFinite
 from foreshock.monitors.detectors.references import Run
-from foreshock.monitors.diagnosis import Age, Context, Diagnosis, Row, diagnose, key, ripe, symptom
+from foreshock.monitors.diagnosis import Age, Context, Diagnosis, diagnose, key, ripe, symptom
 from foreshock.monitors.finding import Detector, Finding
 from foreshock.monitors.mechanisms import TABLE, UNKNOWN
 from foreshock.monitors.metrics import metric
+from foreshock.monitors.policy import TRENDS
 from foreshock.monitors.rates import Rates
 from foreshock.records import Alarm, Reading, Site, dated
 
 # For so many samples, and so many steps, a finding that is no longer repeated still counts: consequences come later than causes.
 MEMORY, MEMORY_STEPS = 20, 200
+EXCUSED = 2000  # steps without a broken law after which a kernel that was blamed counts as mended
 PATIENCE = 5  # samples that a symptom must last before it is called unknown or blamed on the data
 ROWS = (*TABLE, UNKNOWN)
 RANK = {"warning": 0, "critical": 1}
@@ -34,9 +37,11 @@ Key = tuple[str, str | None]
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """A finding as last heard, with its earliest onset and highest score; how often, and the last time in samples and steps."""
+    """A finding with its earliest onset and highest score; the score it was last heard with, in how many samples it was heard, and
+    the last time in samples and steps."""
 
     finding: Finding
+    score: float
     samples: int
     last: int
     step: int
@@ -76,13 +81,15 @@ class Judge:
         self._heard: dict[tuple[str | None, str, int], Heard] = {}
         self._open: dict[Key, tuple[str, int]] = {}  # severity, and the row
         self._rates = Rates()
-        self._blamed: dict[str | None, int] = {}  # of a site's kernel, by which row
+        self._blamed: dict[
+            str | None, tuple[int, int]
+        ] = {}  # a site's kernel: by which row, and the last step of a broken law
         self._samples = 0
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Alarm]:
         """The alarms that are new at this step."""
         self._samples += 1
-        self._rates.update(readings)
+        self._rates.update(step, readings)
         for detector in self.detectors:
             for finding in self._ask(detector, step, readings, sites):
                 self._remember(step, finding)
@@ -91,11 +98,18 @@ class Judge:
         }
         ages = {k: Age(h.samples, self._samples - h.last) for k, h in self._heard.items()}
         values = {(r.metric, r.site): r.values for r in readings}
-        context = Context(sites, self._rates.rise, values, ages, self._blamed)
+        self._excuse(step)
+        blamed = {site: position for site, (position, _) in self._blamed.items()}
+        context = Context(sites, self._rates.rise, self._rates.since, values, ages, blamed)
         made = diagnose([h.finding for h in self._heard.values()], context, TABLE, UNKNOWN)
-        out = [h.finding for h in self._heard.values() if h.finding.score >= 1]
+        out = [h.finding for h in self._heard.values() if h.score >= 1]
         damaged = any(finding.metric == "run/loss" for finding in out)
-        self._open = {name: value for name, value in self._open.items() if self._lasts(name[1], ROWS[value[1]])}
+        again = {(diagnosis.row.mechanism, diagnosis.site) for diagnosis in made}
+        self._open = {
+            name: value
+            for name, value in self._open.items()
+            if name in again or any(name[1] in (None, finding.site) for finding in out)
+        }
         alarms = []
         for diagnosis in made:
             if not ripe(diagnosis, context, PATIENCE):
@@ -112,9 +126,14 @@ class Judge:
             ]
             self._open[name] = (severity, ROWS.index(diagnosis.row))
             if diagnosis.row.reach == "run":
-                self._blamed[diagnosis.site] = ROWS.index(diagnosis.row)
+                self._blamed[diagnosis.site] = (ROWS.index(diagnosis.row), step)
             alarms.append(alarm(step, diagnosis, severity, context, beside))
         return alarms
+
+    def _named(self) -> dict[str, Detector]:
+        """Each detector by its class, those of one class by their order."""
+        names = [type(detector).__name__ for detector in self.detectors]
+        return {f"{name} {names[:at].count(name)}": self.detectors[at] for at, name in enumerate(names)}
 
     def _ask(
         self, detector: Detector, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]
@@ -127,9 +146,14 @@ class Judge:
             self._on_error(f"detector {type(detector).__name__}", error)
             return []
 
-    def _lasts(self, site: str | None, row: Row) -> bool:
-        """Whether something that would still lead to the alarm is out, at its site or, if it is the run's, anywhere."""
-        return any(h.finding.score >= row.least and site in (None, h.finding.site) for h in self._heard.values())
+    def _excuse(self, step: int) -> None:
+        """A kernel of which no law was heard for long was mended, and may be blamed anew."""
+        broken = {h.finding.site for h in self._heard.values() if h.finding.metric.startswith("law/")}
+        for site, (position, last) in list(self._blamed.items()):
+            if site in broken:
+                self._blamed[site] = (position, step)
+            elif step - last > EXCUSED:
+                del self._blamed[site]
 
     def _spoken_for(self, diagnosis: Diagnosis) -> bool:
         """An open alarm further up the table speaks for what it explains, at its site or as far as its consequences reach; and a
@@ -137,10 +161,13 @@ class Judge:
         row, lead = diagnosis.row, symptom(diagnosis.findings[0])
         if row.independent:
             return False
-        if row.reach == "run" and ROWS.index(row) > self._blamed.get(diagnosis.site, len(ROWS)):
+        blamed, _ = self._blamed.get(diagnosis.site, (len(ROWS), 0))
+        if ROWS.index(row) > blamed and row.reach == "run" and lead in (*ROWS[blamed].leads, *ROWS[blamed].explains):
             return True
         for (_, site), (_, position) in self._open.items():
             other = ROWS[position]
+            if row.reach == "run" and other.reach != "run":
+                continue  # what came once does not excuse a kernel that goes on
             explained = not row.leads or lead in (*other.leads, *other.explains)
             if position < ROWS.index(row) and explained and (site in (None, diagnosis.site) or other.reach == "run"):
                 return True
@@ -148,33 +175,54 @@ class Judge:
 
     def _remember(self, step: int, finding: Finding) -> None:
         before = self._heard.get(key(finding))
-        samples = 1
+        now, samples = finding.score, 1
         if before is not None:
+            again = before.last == self._samples  # several detectors, or folds, of one series
             early = min(before.finding, finding, key=lambda one: one.onset)
-            score, samples = max(before.finding.score, finding.score), before.samples + 1
+            samples = before.samples + (not again)
+            now = max(now, before.score) if again else now
+            score = max(before.finding.score, finding.score)
+            finding = before.finding if again and before.score > finding.score else finding
             finding = replace(finding, onset=early.onset, onset_interval=early.onset_interval, score=score)
-        self._heard[key(finding)] = Heard(finding, samples, self._samples, step)
+        self._heard[key(finding)] = Heard(finding, now, samples, self._samples, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: findings as dictionaries, detectors by position."""
+        """Plain values: findings as dictionaries, detectors by name, rows of the table by position."""
         return {
-            "detectors": [detector.state_dict() for detector in self.detectors],
-            "heard": [[asdict(h.finding), h.samples, h.last, h.step] for h in self._heard.values()],
+            "tables": _fingerprint(),
+            "detectors": {name: detector.state_dict() for name, detector in self._named().items()},
+            "heard": [[asdict(h.finding), h.score, h.samples, h.last, h.step] for h in self._heard.values()],
             "open": [[*name, *value] for name, value in self._open.items()],
-            "blamed": list(self._blamed.items()),
+            "blamed": [[site, *value] for site, value in self._blamed.items()],
             "rates": self._rates.state_dict(),
             "samples": self._samples,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for detector, saved in zip(self.detectors, state["detectors"], strict=False):
-            detector.load_state_dict(saved)
+        """Go on from `state_dict`. What another version saved is left, as its tables may mean other things: judging starts anew."""
+        if state.get("tables") != _fingerprint():
+            error = ConfigError(
+                "restoring the judge: it was saved by another version of foreshock; judging starts anew"
+            )
+            if self._on_error is None:
+                raise error
+            self._on_error("restoring the judge", error)
+            return
+        for name, detector in self._named().items():
+            if name in state["detectors"]:
+                detector.load_state_dict(state["detectors"][name])
         heard = [Heard(_finding(plain), *rest) for plain, *rest in state["heard"]]
         self._heard = {key(h.finding): h for h in heard}
         self._open = {(mechanism, site): (severity, position) for mechanism, site, severity, position in state["open"]}
-        self._blamed = dict(state["blamed"])
+        self._blamed = {site: (position, last) for site, position, last in state["blamed"]}
         self._rates.load_state_dict(state["rates"])
         self._samples = state["samples"]
+
+
+def _fingerprint() -> str:
+    """Tells one version's rows and trends from another's, whose positions mean something else."""
+    named = [*((row.mechanism, row.leads) for row in ROWS), *((trend.metric, trend.fold) for trend in TRENDS)]
+    return hashlib.sha256(repr(named).encode()).hexdigest()[:16]
 
 
 def _finding(plain: Mapping[str, Any]) -> Finding:

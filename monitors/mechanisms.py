@@ -49,6 +49,7 @@ def _over(evidence: Evidence, context: Context) -> bool:
     """Every law that broke here did so at one sample alone, and the next one was clean; no kernel was blamed here before."""
     laws = [f for f in evidence if symptom(f) in KERNEL_LAWS and f.score >= 1]
     once = all(context.age(f).samples == 1 and context.age(f).quiet >= 1 for f in laws)
+    once = once and all((f.metric, f.site) in context.readings for f in laws)  # read again, and clean
     return once and not any(f.site in context.blamed for f in laws)
 
 
@@ -84,12 +85,14 @@ def _legal_elsewhere(evidence: Evidence, context: Context) -> bool:
 
 
 def _lr_risen(evidence: Evidence, context: Context) -> bool:
-    """The learning rate is half again above the highest that the run was healthy with."""
-    return context.lr_rise >= LR_RISEN
+    """The learning rate is half again above the highest that the run was healthy with, and something moved after it."""
+    since = context.lr_since
+    followed = since is not None and any(f.onset_interval[1] >= since for f in evidence if f.score >= HINT)
+    return context.lr_rise >= LR_RISEN and followed
 
 
 def _lr_reached_attention(evidence: Evidence, context: Context) -> bool:
-    """The learning rate is half again above the highest that the run was healthy with, and attention moved."""
+    """The learning rate is half again above the highest that the run was healthy with, and attention moved after it."""
     return _lr_risen(evidence, context) and any(symptom(f) in (*QK, "attention/logit_max+") for f in evidence)
 
 
@@ -106,7 +109,7 @@ def _logits_grow(evidence: Evidence, context: Context) -> bool:
 
 def _lr_not_risen(evidence: Evidence, context: Context) -> bool:
     """No learning rate is above the highest that the run was healthy with."""
-    return not _lr_risen(evidence, context)
+    return context.lr_rise < LR_RISEN
 
 
 def _load_first(evidence: Evidence, context: Context) -> bool:

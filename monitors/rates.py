@@ -9,36 +9,41 @@ from typing import Any
 from foreshock.records import Reading
 
 HELD = 200  # samples after which a learning rate that nothing came of counts as healthy
+FLAT = 20  # samples without a rise that end the warm-up: it may climb in stairs
 
 
 class Rates:
-    """``peak``: the highest learning rate of the first rise (the warm-up), or since then held for `HELD` samples.
+    """``peak``: the highest learning rate of the first rise (the warm-up), or since then kept up for `HELD` samples.
 
-    A schedule that decays and restarts stays at or below its peak; a fault that raises the rate goes beyond it.
+    A schedule that decays and restarts stays at or below its peak; a fault that raises the rate goes beyond it. ``since`` is the
+    step at which it did, None at or below the peak. A rate of zero says nothing.
     """
 
     def __init__(self) -> None:
         self.peak = 0.0
+        self.since: int | None = None
         self._warm = False
         self._recent: deque[float] = deque(maxlen=HELD)
 
-    def update(self, readings: Sequence[Reading]) -> None:
+    def update(self, step: int, readings: Sequence[Reading]) -> None:
         """One sample, which may or may not tell the learning rate."""
-        rate = next((float(r.values.max()) for r in readings if r.metric == "optim/lr"), None)
-        if rate is None:
+        told = [float(value) for reading in readings if reading.metric == "optim/lr" for value in reading.values]
+        rate = max(told, default=0.0)
+        if not rate > 0:
             return
-        self._warm = self._warm or (bool(self._recent) and rate <= self._recent[-1])
-        if not self._warm:
+        if not self._warm and rate > self.peak:
             self._recent.clear()
             self.peak = rate
-        elif len(self._recent) == HELD:
-            self.peak = max(self.peak, self._recent[0])
         self._recent.append(rate)
+        self._warm = self._warm or rate < self.peak or len(self._recent) >= FLAT
+        if len(self._recent) == HELD:
+            self.peak = max(self.peak, min(self._recent))
+        self.since = None if rate <= self.peak else step if self.since is None else self.since
 
     @property
     def rise(self) -> float:
         """The present rate over the peak; 1 below it, or where no rate is known."""
-        return max(1.0, self._recent[-1] / self.peak) if self._recent and self.peak > 0 else 1.0
+        return max(1.0, self._recent[-1] / self.peak) if self._recent else 1.0
 
     @property
     def healthy(self) -> float | None:
@@ -46,8 +51,8 @@ class Rates:
         return min(self._recent[-1], self.peak) if self._recent else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"peak": self.peak, "warm": self._warm, "recent": list(self._recent)}
+        return {"peak": self.peak, "since": self.since, "warm": self._warm, "recent": list(self._recent)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.peak, self._warm = state["peak"], state["warm"]
+        self.peak, self.since, self._warm = state["peak"], state["since"], state["warm"]
         self._recent = deque(state["recent"], maxlen=HELD)

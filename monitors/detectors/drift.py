@@ -65,7 +65,7 @@ class Drift:
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         """Every series that is out now (score above 1), and the hints."""
-        self.rates.update(readings)
+        self.rates.update(step, readings)
         self._held |= {(r.metric, r.site): r for r in readings if self.columns.wants(r.metric) or r.metric == TOKENS}
         if step < self._last + self.spacing:
             return []
@@ -92,11 +92,11 @@ class Drift:
         return findings
 
     def _pace(self) -> float:
-        """The logarithm of what the schedule makes of its peak: the larger of this sample's and the last one's, for increments
-        reach back."""
+        """The logarithm of the rate, as far as it is healthy: the larger of this sample's and the last one's, for increments reach
+        back."""
         before, self._before = self._before, self.rates.healthy
         known = [rate for rate in (before, self._before) if rate]
-        return math.log(max(known) / self.rates.peak) if known else 0.0
+        return math.log(max(known)) if known else 0.0
 
     def _compare(self, step: int, held: Sequence[Reading], x_S: Array, sides: Array) -> None:
         """One sample against the references; none where the run's place among them is not known."""
@@ -128,7 +128,7 @@ class Drift:
     def _findings(
         self, step: int, test: SeriesTest, raw_S: Array, worst_S: Array, against: str, pace_S: Array
     ) -> list[Finding]:
-        heard = np.flatnonzero((test.score > HINT) & np.isfinite(test.expected))
+        heard = np.flatnonzero((test.score > HINT) & np.isfinite(test.expected) & np.isfinite(raw_S))
         if not len(heard):
             return []
         onsets, intervals = _began(test, heard)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from foreshock.monitors.detectors.ring import widen
+from foreshock.monitors.detectors.ring import Ring
 from foreshock.records import Array
 
 LAG = 6  # samples between the fit and now: a fault has this long to be heard before its own values enter the trend
@@ -32,55 +32,51 @@ NORMAL = 1.4826  # a normal variable's standard deviation over its median absolu
 
 
 class Forecast:
-    """The `Baseline` of a series' own healthy trend. ``least``: the smallest spread, in the series' unit."""
+    """The `Baseline` of a series' own healthy trend, each at its own pace. ``least``: the smallest spread, in the series' unit."""
 
     def __init__(self, least: float = 0.0) -> None:
         self.least = least
         self.frozen = False  # learn nothing: what comes is under suspicion for another reason
-        self.steps: list[int] = []
-        self.values = np.empty((0, 0))
-        self.errors = np.empty((0, 0))
+        self._past, self._errors = Ring(FIT + LAG), Ring(ERRORS)
         self._predicted = np.empty(0)
 
     def expect(self, step: int, series: int) -> tuple[Array, Array]:
         """Predicted value and robust spread of each series at ``step``; NaN until there is history enough."""
-        self.values, self.errors = (widen(x, series, np.nan) for x in (self.values, self.errors))
-        past = self.values[:-LAG][-FIT:]
-        if len(past) < MIN_FIT:
-            self._predicted = np.full(series, np.nan)
-            return self._predicted, self._predicted
-        time = np.log(np.array(self.steps[:-LAG][-FIT:], dtype=float) + 1)
-        third = len(past) // 3
-        early, late = time[:third], time[-third:]
-        slope = (median(past[-third:]) - median(past[:third])) / (np.median(late) - np.median(early))
-        level = median(past - slope * time[:, None])
-        middle = np.median(time)
-        self._predicted = level + slope * (middle + DAMPING * (np.log(step + 1) - middle))
-        known = np.isfinite(self.errors).sum(0)
-        unsure = 1 + UNSURE / np.maximum(known, 1)
-        spread = np.fmax(NORMAL * median(np.abs(self.errors)) * long_run(self.errors) * unsure, self.least)
-        enough = (np.isfinite(past).sum(0) >= MIN_FIT) & (known >= MIN_ERRORS)
-        return self._predicted, np.where(enough, spread, np.nan)
+        self._past.grow(series)
+        self._errors.grow(series)
+        steps_NS, past_NS = (x[:FIT] for x in self._past.ordered())
+        time_NS = np.where(np.isfinite(past_NS), np.log(np.maximum(steps_NS, 0) + 1.0), np.nan)
+        known_S = np.isfinite(past_NS).sum(0)
+        rank_NS = np.arange(FIT)[:, None] - (FIT - known_S)  # what is not filled stands first, below zero
+        early_NS, late_NS = rank_NS < known_S // 3, rank_NS >= known_S - known_S // 3
+        (x0, t0), (x1, t1) = (
+            (median(np.where(third, past_NS, np.nan)), median(np.where(third, time_NS, np.nan)))
+            for third in (early_NS, late_NS)
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            slope_S = (x1 - x0) / (t1 - t0)
+        level_S, middle_S = median(past_NS - slope_S * time_NS), median(time_NS)
+        predicted_S = level_S + slope_S * (middle_S + DAMPING * (np.log(step + 1) - middle_S))
+        self._predicted = np.where(known_S >= MIN_FIT, predicted_S, np.nan)
+        errors_NS = self._errors.ordered()[1]
+        errors_S = np.isfinite(errors_NS).sum(0)
+        unsure_S = 1 + UNSURE / np.maximum(errors_S, 1)
+        spread_S = np.fmax(NORMAL * median(np.abs(errors_NS)) * long_run(errors_NS) * unsure_S, self.least)
+        return self._predicted, np.where((known_S >= MIN_FIT) & (errors_S >= MIN_ERRORS), spread_S, np.nan)
 
     def learn(self, step: int, x_S: Array, calm_S: Array) -> None:
         """Append a sample; its error counts only while the series is calm."""
         if self.frozen:
             return
-        keep = FIT + LAG + 1
-        x_S = np.where(np.isfinite(x_S), x_S, np.nan)
-        self.steps = [*self.steps, step][-keep:]
-        self.values = np.concatenate([self.values, x_S[None]])[-keep:]
-        errors = np.where(calm_S, x_S - self._predicted, np.nan)
-        self.errors = np.concatenate([self.errors, errors[None]])[-ERRORS:]
+        self._errors.write(step, np.where(calm_S, x_S - self._predicted, np.nan))
+        self._past.write(step, x_S)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "values": self.values.tolist(), "errors": self.errors.tolist()}
+        return {"past": self._past.state_dict(), "errors": self._errors.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps = list(state["steps"])
-        self.values, self.errors = (  # no row at all is not one empty row
-            np.array(state[name], dtype=float) if state[name] else np.empty((0, 0)) for name in ("values", "errors")
-        )
+        self._past.load_state_dict(state["past"])
+        self._errors.load_state_dict(state["errors"])
 
 
 def long_run(errors_NS: Array) -> Array:

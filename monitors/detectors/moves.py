@@ -8,6 +8,7 @@ Shapes: N values of one step, over sites, queries and keys.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ INCREMENTS = ("attention/dwq_norm", "attention/dwk_norm")
 NORM = "router/row_norm_max"
 JUMP = 4.0  # times the step before and the median of all heads: healthy heads reached 1.5, under a broken kernel 2.4 (docs/log.md)
 GROWN = 6.0  # times the norm one sample before: healthy routers reached 1.02, under a hundredfold learning rate 2.6
+REACH = 3  # samples of the learning rate that an increment can reach back to
 HEADS = 4  # fewer have no median to be compared with
 MOVED, STILL = 5, 2  # samples in which weights moved before they can stop, and in which they must have stood still
 
@@ -30,29 +32,39 @@ class Moves:
 
     def __init__(self) -> None:
         self._increments, self._norms = Memory(INCREMENTS), Memory((NORM,))
-        self._rate = 1.0
+        self._rates: deque[float] = deque([1.0], maxlen=REACH)
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         """Weights are read in turn, so that a step brings the readings of some sites only."""
-        self._rate = next((float(r.values.max()) for r in readings if r.metric == "optim/lr"), self._rate)
+        self._rates.append(next((float(r.values.max()) for r in readings if r.metric == "optim/lr"), self._rates[-1]))
         heads = self._increments
         heads.take(step, readings)
-        limit = JUMP * max(heads.usual(), 1.0)
+        limit = JUMP * max(heads.usual(), self._raised())
         found = heads.findings(step, heads.ratio / limit, "about {:.3g} as before, and its like elsewhere", +1)
-        if self._rate > 0:
+        if self._rates[-1] > 0:
             found += heads.findings(
                 step, np.where(heads.stopped(), 2.0, 0.0), "above zero, as before: the optimizer steps", -1
             )
         self._norms.take(step, readings)
-        return found + self._norms.findings(step, self._norms.ratio / GROWN, "about {:.3g} as before", +1)
+        grown = np.where(self._norms.moved >= MOVED, self._norms.ratio, np.nan) / GROWN  # from zero any weight leaps
+        return found + self._norms.findings(step, grown, "about {:.3g} as before", +1)
+
+    def _raised(self) -> float:
+        """By what the learning rate rose within a window of increments: a restarted schedule reaches some sites before others."""
+        lowest = min(self._rates)
+        return max(1.0, self._rates[-1] / lowest) if lowest > 0 else np.inf
 
     def state_dict(self) -> dict[str, Any]:
-        return {"increments": self._increments.state_dict(), "norms": self._norms.state_dict(), "rate": self._rate}
+        return {
+            "increments": self._increments.state_dict(),
+            "norms": self._norms.state_dict(),
+            "rates": list(self._rates),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._increments.load_state_dict(state["increments"])
         self._norms.load_state_dict(state["norms"])
-        self._rate = state["rate"]
+        self._rates = deque(state["rates"], maxlen=REACH)
 
 
 class Memory:
@@ -71,7 +83,7 @@ class Memory:
         missing = self._places.size - self._last.shape[1]
         fresh = np.repeat([[np.nan], [-1], [np.nan], [0], [0]], missing, 1)
         self._last = np.concatenate([self._last, fresh], 1)
-        self.before, self.since, _, moved, still = self._last[:, self._columns]
+        self.before, self.since, _, self.moved, still = self._last[:, self._columns]
         with np.errstate(invalid="ignore", divide="ignore"):
             self.ratio = np.where(np.isfinite(self.x) & (self.before > 0), self.x / self.before, np.nan)
         steps = np.full(len(self.x), float(step))
@@ -79,7 +91,7 @@ class Memory:
             self.x,
             steps,
             self.ratio,
-            moved + (self.x > 0),
+            self.moved + (self.x > 0),
             np.where(self.x == 0, still + 1, 0),
         ]
 

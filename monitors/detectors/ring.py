@@ -28,11 +28,15 @@ class Ring:
         self.steps = np.full((length, 0), -1, dtype=np.int64)
         self.count = np.zeros(0, dtype=np.int64)  # samples seen
 
+    def grow(self, series: int) -> None:
+        """To so many columns; the new ones are empty."""
+        self.values = widen(self.values, series, np.nan)
+        self.steps = widen(self.steps, series, -1)
+        self.count = widen(self.count, series, 0)
+
     def write(self, step: int, x_S: Array) -> None:
         """One sample of every column; further columns are new."""
-        self.values = widen(self.values, len(x_S), np.nan)
-        self.steps = widen(self.steps, len(x_S), -1)
-        self.count = widen(self.count, len(x_S), 0)
+        self.grow(len(x_S))
         columns = np.flatnonzero(np.isfinite(x_S))
         place = self.count[columns] % self.length
         self.values[place, columns], self.steps[place, columns] = x_S[columns], step

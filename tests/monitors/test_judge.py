@@ -204,9 +204,9 @@ def test_a_restarted_schedule_is_no_rise_of_the_learning_rate() -> None:
     rates = Rates()
     schedule = [*np.linspace(0.1, 1, 10), *np.linspace(1, 0.05, 100), *np.linspace(0.1, 1, 10), *[1.0] * 20]
     for rate in schedule:
-        rates.update([Reading("optim/lr", None, np.array([rate]))])
+        rates.update(0, [Reading("optim/lr", None, np.array([rate]))])
         assert rates.rise == 1.0
-    rates.update([Reading("optim/lr", None, np.array([3.0]))])
+    rates.update(0, [Reading("optim/lr", None, np.array([3.0]))])
     assert (rates.rise, rates.healthy) == (3.0, 1.0)
     other = Rates()
     other.load_state_dict(json.loads(json.dumps(rates.state_dict())))
@@ -394,3 +394,94 @@ def test_the_console_sink_logs_one_line_an_alarm(caplog) -> None:
     (record,) = caplog.records
     assert record.levelno == logging.CRITICAL
     assert "layers.1.attn" in record.getMessage()
+
+
+# -- what once went wrong ----------------------------------------------------------------------------------------------
+
+
+def test_a_series_that_is_read_now_and_then_is_never_not_finite() -> None:
+    def change(name, site, values, n):
+        if name != "run/loss":
+            return values
+        return values * (1.6 if n >= 200 else 1.0) if n % 2 == 0 else np.empty(0)
+
+    assert {alarm.mechanism for alarm in Stream().run(260, change)} == {"data fault"}
+
+
+def test_a_loss_that_is_logged_seldom_is_judged_all_the_same() -> None:
+    def change(name, site, values, n):
+        return values * (1.6 if n >= 300 else 1.0) if name != "run/loss" or n % 5 == 0 else np.empty(0)
+
+    alarms = Stream().run(400, lambda name, site, v, n: change(name, site, v, n) if name == "run/loss" else v)
+    assert {alarm.mechanism for alarm in alarms} == {"data fault"}
+
+
+def test_corruption_that_goes_on_is_the_kernels_after_all() -> None:
+    judge, alarms = Judge(), []
+    for n in range(200):
+        broken = n == 100 or n >= 120
+        readings = [Reading("law/key_shift", "a1", np.array([0.9 if broken else 0.004, 0.004, 0.004, 0.004]))]
+        alarms += judge.update(10 * n, readings, SITES)
+    assert [(a.step, a.mechanism) for a in alarms] == [
+        (1010, "silent data corruption"),
+        (1200, "wrong attention backward"),
+    ]
+
+
+def test_a_site_that_is_not_read_again_was_not_clean() -> None:
+    judge, alarms = Judge(), []
+    for n in range(40):
+        readings = [Reading("law/key_shift", "a1", np.array([0.9 if n >= 10 else 0.004, 0.004]))] if n % 2 == 0 else []
+        alarms += judge.update(10 * n, [*readings, Reading("run/loss", None, np.ones(1))], SITES)
+    assert [(a.step, a.mechanism) for a in alarms] == [(120, "wrong attention backward")]
+
+
+def test_a_router_that_was_mended_may_be_wrong_in_another_way() -> None:
+    judge, alarms = Judge(), []
+    for n in range(400):
+        shift, lost = 0.5 if 10 <= n < 20 else 1e-9, 0.1 if n >= 300 else 0.0
+        readings = [
+            Reading("law/router_shift", "r0", np.array([shift])),
+            Reading("law/token_count", "r0", np.array([lost])),
+        ]
+        alarms += judge.update(10 * n, readings, SITES)
+    assert [a.mechanism for a in alarms] == ["wrong router backward", "wrong expert choice"]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda n: 1e-3 * min(1 + n // 15, 5),  # a warm-up in stairs
+        lambda n: 0.0 if n < 2 else 1e-3 * min(n / 300, 1.0),  # from zero, for long
+        lambda n: 1e-3 * (20 if n == 300 else 1),  # one wrong sample
+        lambda n: 1e-3 * max(0.001, 0.5 + 0.5 * math.cos(math.pi * (n % 100) / 100)),  # restarted at once
+    ],
+)
+def test_no_schedule_is_a_fault(schedule) -> None:
+    """Increments follow the rate; what does not, scatters as ever."""
+
+    def change(name, site, values, n):
+        if name == "optim/lr":
+            return np.array([schedule(n)])
+        follows = name in ("attention/delta2_norm", "optim/update_ratio", "attention/dwq_norm")
+        return values * max(schedule(n), schedule(max(n - 1, 0)), 1e-12) / 1e-3 if follows and n != 300 else values
+
+    assert Stream().run(600, change) == []
+
+
+def test_several_detectors_of_one_series_are_one_sample() -> None:
+    class Twice(Once):
+        def update(self, step, readings, sites):
+            found = Finding(step, step, "r0", "router/entropy_norm", 0.1, "more", -1, 2.0)
+            return [found, replace(found, score=1.5)] if step == 100 else []
+
+    assert Stream(detectors=[Twice()]).run(60) == []
+
+
+def test_what_another_version_saved_is_left_with_a_word() -> None:
+    told: list[str] = []
+    judge = Judge(on_error=lambda what, error: told.append(f"{what}: {error}"))
+    judge.load_state_dict({"detectors": [], "heard": [], "open": [], "samples": 3})
+    assert "saved by another version" in told[0]
+    with pytest.raises(ConfigError, match="judging starts anew"):
+        Judge().load_state_dict({})

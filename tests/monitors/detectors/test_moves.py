@@ -91,3 +91,16 @@ def test_it_goes_on_where_it_stopped() -> None:
     second.moves.load_state_dict(json.loads(json.dumps(first.moves.state_dict())))
     second.n, second.rng = first.n, first.rng
     assert heard + second.run(31, one_head(0.0, 28)) == expected
+
+
+def test_a_restart_that_reaches_one_site_before_the_others_is_no_jump() -> None:
+    """Sites are read in turn: the first one's window holds the raised rate already."""
+    stream = Stream()
+    assert stream.run(100, rate=1e-6) == []
+    assert stream.run(1, lambda n, site, dq: dq * (1000 if site == "a0" else 1), rate=1e-3) == []
+
+
+def test_a_router_that_begins_at_zero_leaps_without_harm() -> None:
+    moves = Moves()
+    for n, norm in enumerate([0.0, 1e-6, 1e-3, 0.02, 0.1, 0.12, 0.13]):
+        assert moves.update(10 * n, [Reading("router/row_norm_max", "r", np.array([norm]))], {}) == []
