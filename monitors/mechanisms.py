@@ -195,7 +195,7 @@ TABLE: tuple[Row, ...] = (
     Row("router collapse", ROUTER, (*ROUTER, *LOAD, *LATE), "site", "warning", "[P]",
         "the router narrows although its balancing is not what moved first",
         "Lower the router's learning rate or add a router z-loss; check what else trains the router weight.",
-        when="confirmed"),
+        when="lasting"),
     Row("attention-logit growth", GROWTH, (*ATTENTION, *LATE), "site", "warning", "[W], [Z]",
         "the query and key weights or their logits grow, by updates of the usual relative size, while every kernel law holds",
         "Use QK-norm, logit clipping, or weight decay on the query and key weights, or lower their learning rate.",
