@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +25,7 @@ from foreshock.demo.data import Corpus, standard_library
 
 RESULT, CHECKPOINT = "result.json", "fork.pt"
 TWIN = "healthy/constant"
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 FORMAT = 1  # of the results; older ones are recorded anew
 
 
@@ -59,7 +61,7 @@ def finished(job: Job, out: Path) -> bool:
     """Whether the job was recorded to its end, by the same recipe; a longer run stands for a shorter one."""
     wanted = recipe(job)
     try:
-        stored = json.loads((job.folder(out) / RESULT).read_text())["recipe"]
+        stored = json.loads(ADDRESS.sub("", (job.folder(out) / RESULT).read_text()))["recipe"]
         steps = int(stored["steps"])
     except (OSError, ValueError, KeyError):
         return False
@@ -80,7 +82,7 @@ def _told(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(_told, value))
     if not isinstance(value, FunctionType):
-        return repr(value)
+        return ADDRESS.sub("", repr(value))
     held = [_told(cell.cell_contents) for cell in value.__closure__ or ()]
     return f"{value.__qualname__}({', '.join(held)})"
 

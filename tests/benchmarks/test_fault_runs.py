@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import CASES, HEALTHY_GROUPS, Case, named
 from injections import NOTHING, Injection, query
-from recording import RESULT, TWIN, Job, finished, record
+from recording import RESULT, TWIN, Job, finished, recipe, record
 from subjects import SUBJECTS, Subject
 from training import Trainer
 
@@ -245,3 +245,9 @@ def test_every_case_has_a_right_answer_decided() -> None:
         assert bool(case.accepted) != quiet
         assert case.injection != NOTHING or case.name == TWIN
         assert set(case.subjects) <= set(SUBJECTS)
+
+
+def test_a_recipe_is_the_same_in_every_process() -> None:
+    told = [json.dumps(recipe(Job("moe", case.name, 1, 400, 1600))) for case in CASES]
+    assert len(set(told)) == len(CASES)
+    assert not [words for words in told if " at 0x" in words]
