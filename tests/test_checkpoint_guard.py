@@ -22,6 +22,11 @@ from foreshock.completeness import incomplete
 ALARM = Alarm(1500, 1250, "a", "law/euler", float("nan"), "< 1", "warning", "bad kernel", ("one",), "it is off")
 
 
+def began(onset: int) -> Alarm:
+    """The alarm with another onset, known exactly."""
+    return replace(ALARM, onset=onset, onset_interval=(onset, onset))
+
+
 def _folder(path: Path, **files: bytes) -> Path:
     path.mkdir(parents=True)
     for name, data in (files or {"weights": b"w"}).items():
@@ -93,19 +98,19 @@ def test_rotation_leaves_the_pin_alone(saved: Path) -> None:
     assert sorted(path.name for path in saved.glob("checkpoint-*")) == ["checkpoint-1600", "checkpoint-1800"]
     assert (saved / PINNED / "checkpoint-1200" / "weights").read_bytes() == b"1200"
     assert trainer.get_last_checkpoint(str(saved)).endswith("checkpoint-1800")
-    assert guard(replace(ALARM, onset=1300)) == ()  # nothing that old is left but the pin
+    assert guard(began(1300)) == ()  # nothing that old is left but the pin
 
 
 def test_again_changes_nothing_and_an_earlier_onset_pins_what_is_earlier(saved: Path) -> None:
     guard = CheckpointGuard(saved)
     first = guard(ALARM)
     before = (saved / PINNED / "checkpoint-1200.json").stat().st_mtime_ns
-    assert guard(ALARM) == guard(replace(ALARM, onset=1399)) == first
+    assert guard(ALARM) == guard(began(1399)) == first
     assert (saved / PINNED / "checkpoint-1200.json").stat().st_mtime_ns == before
-    (pin,) = guard(replace(ALARM, onset=1100))
+    (pin,) = guard(began(1100))
     assert pin.name == "checkpoint-1000"
     assert (saved / PINNED / "checkpoint-1200").is_dir()
-    (at_the_onset,) = guard(replace(ALARM, onset=1000))
+    (at_the_onset,) = guard(began(1000))
     assert at_the_onset == pin
 
 
@@ -113,7 +118,7 @@ def test_files_of_one_step_are_pinned_together(tmp_path: Path) -> None:
     for step in (100, 200):
         torch.save({"step": step}, tmp_path / f"model_step_{step}.pt")
         torch.save({"step": step}, tmp_path / f"optimizer_step_{step}.pt")
-    pins = CheckpointGuard(tmp_path / "*_step_*.pt")(replace(ALARM, onset=150))
+    pins = CheckpointGuard(tmp_path / "*_step_*.pt")(began(150))
     assert [pin.name for pin in pins] == ["model_step_100.pt", "optimizer_step_100.pt"]
     assert torch.load(pins[0]) == {"step": 100}
     second = tmp_path / "optimizer_step_200.pt"
@@ -168,7 +173,7 @@ def test_noted_checkpoints_need_no_name(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
         guard.note(tmp_path / name, step)
     guard.note(tmp_path / "gone", 1200)
-    (pin,) = guard(replace(ALARM, onset=150))
+    (pin,) = guard(began(150))
     assert (pin, pin.read_text()) == (tmp_path / PINNED / "first", "first")
 
 
@@ -229,7 +234,7 @@ def test_another_process_is_left_alone(saved: Path, warnings_logged) -> None:
     ],
 )
 def test_with_nothing_to_pin_it_says_so(saved: Path, where: str, said: str, warnings_logged) -> None:
-    assert CheckpointGuard(saved / where)(replace(ALARM, onset=10)) == ()
+    assert CheckpointGuard(saved / where)(began(10)) == ()
     assert any(said in line for line in warnings_logged())
     assert not (saved / PINNED).exists()
 
@@ -258,7 +263,7 @@ def test_mistakes_are_told_at_once(saved: Path, call: Any, message: str) -> None
 def test_as_an_action_it_hears_every_alarm(saved: Path) -> None:
     with Watch(on_alarm=[CheckpointGuard(saved), "stop"]) as watch:
         watch.acting.hear(ALARM, 1501)
-        watch.acting.hear(replace(ALARM, site="b", onset=1100), 1501)
+        watch.acting.hear(replace(began(1100), site="b"), 1501)
         assert watch.stop_requested
     pinned = sorted(path.name for path in (saved / PINNED).glob("checkpoint-????"))
     assert pinned == ["checkpoint-1000", "checkpoint-1200"]

@@ -201,7 +201,7 @@ def demo(
 
 def _print_alarms(alarms: Sequence[Alarm]) -> None:
     for alarm in alarms:
-        print(f"step {alarm.step} (since about {alarm.onset}) {alarm.severity}: {' '.join(alarm.message.split())}")
+        print(f"step {alarm.step} ({alarm.since}) {alarm.severity}: {' '.join(alarm.message.split())}")
     if not alarms:
         print("no alarms")
 
