@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all lint docs bench wheel clean
+.PHONY: demo test smoke test-all lint docs bench wheel clean
 
 demo: $(READY)
 	$(BIN)/foreshock demo
@@ -14,6 +14,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 
 test: $(READY)
 	$(PYTEST)
+
+# The fault zoo's smallest tier: kernels that are broken on purpose are heard, and healthy ones are not.
+smoke: $(READY)
+	$(BIN)/python -m pytest -m slow tests/benchmarks
 
 test-all: $(READY)
 	$(PYTEST) -m ""

@@ -235,9 +235,8 @@ def alarm(step: int, diagnosis: Diagnosis, severity: str, context: Context, besi
     ``beside`` names the alarms that are open already.
     """
     lead, row = diagnosis.findings[0], diagnosis.row
-    first = min(
-        (finding for finding in diagnosis.findings if finding.score >= row.least), key=lambda finding: finding.onset
-    )
+    led = [f for f in diagnosis.findings if f is lead or (f.score >= row.least and symptom(f) in row.leads)]
+    first = min(led, key=lambda finding: finding.onset)
     low, high = first.onset_interval
     evidence = [describe(finding, context.sites) for finding in diagnosis.findings]
     if "learning rate" in row.mechanism and context.lr_rise > 1:
