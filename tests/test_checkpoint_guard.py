@@ -114,6 +114,20 @@ def test_again_changes_nothing_and_an_earlier_onset_pins_what_is_earlier(saved: 
     assert at_the_onset == pin
 
 
+def test_a_run_begun_anew_pins_its_own(tmp_path: Path) -> None:
+    """Another checkpoint under a name that is pinned already."""
+    path = tmp_path / "step_100.pt"
+    torch.save({"run": 1}, path)
+    (first,) = CheckpointGuard(tmp_path)(began(150))
+    path.unlink()
+    torch.save({"run": 2}, path)
+    os.utime(path, ns=(1, 1))
+    (second,) = CheckpointGuard(tmp_path)(began(150))
+    assert (first.name, second.name) == ("step_100.pt", "step_100.pt.2")
+    assert (torch.load(first), torch.load(second)) == ({"run": 1}, {"run": 2})
+    assert CheckpointGuard(tmp_path)(began(150)) == (second,)
+
+
 def test_files_of_one_step_are_pinned_together(tmp_path: Path) -> None:
     for step in (100, 200):
         torch.save({"step": step}, tmp_path / f"model_step_{step}.pt")

@@ -6,6 +6,7 @@ Nothing of the user's is ever deleted, moved or written to; a pin is a second na
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import logging
 import os
@@ -142,7 +143,7 @@ class CheckpointGuard:
                 return ()
         pins = []
         for path in checkpoint.paths:
-            pin = path.parent / PINNED / path.name
+            pin = _name_for(path)
             if not pin.exists():
                 try:
                     how = self._hold(path, pin)
@@ -191,6 +192,22 @@ class CheckpointGuard:
                 pass  # another device, or a file system without hard links
         shutil.copy2(real, target)
         return True
+
+
+def _name_for(path: Path) -> Path:
+    """Where the checkpoint is pinned, or is to be: a run begun anew in the same folder may have saved another under its name."""
+    folder = path.parent / PINNED
+    names = itertools.chain([path.name], (f"{path.name}.{number}" for number in itertools.count(2)))
+    return next(pin for name in names if not (pin := folder / name).exists() or _is_of(pin, path))
+
+
+def _is_of(pin: Path, path: Path) -> bool:
+    """Whether every file of the checkpoint stands in the pin as it is: of the same size and time."""
+    try:
+        pairs = [(source.stat(), (pin / target.relative_to(path.name)).stat()) for source, target in _files(path)]
+    except OSError:
+        return False
+    return all(a.st_size == b.st_size and a.st_mtime_ns == b.st_mtime_ns for a, b in pairs)
 
 
 def _files(path: Path) -> Iterator[tuple[Path, Path]]:
