@@ -12,6 +12,12 @@ HELD = 200  # samples after which a learning rate that nothing came of counts as
 FLAT = 20  # samples without a rise that end the warm-up: it may climb in stairs
 
 
+def learning_rate(readings: Sequence[Reading]) -> float | None:
+    """The largest rate that a sample tells of, over parameter groups; None where it tells none."""
+    told = [float(value) for reading in readings if reading.metric == "optim/lr" for value in reading.values]
+    return max(told, default=None)
+
+
 class Rates:
     """``peak``: the highest learning rate of the first rise (the warm-up), or since then kept up for `HELD` samples.
 
@@ -27,9 +33,8 @@ class Rates:
 
     def update(self, step: int, readings: Sequence[Reading]) -> None:
         """One sample, which may or may not tell the learning rate."""
-        told = [float(value) for reading in readings if reading.metric == "optim/lr" for value in reading.values]
-        rate = max(told, default=0.0)
-        if not rate > 0:
+        rate = learning_rate(readings)
+        if rate is None or not rate > 0:
             return
         if not self._warm and rate > self.peak:
             self._recent.clear()

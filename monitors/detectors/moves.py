@@ -16,6 +16,7 @@ import numpy as np
 
 from foreshock.monitors.detectors.sheet import Places, Sheet
 from foreshock.monitors.finding import Finding, together
+from foreshock.monitors.rates import learning_rate
 from foreshock.records import Array, Reading, Site
 
 INCREMENTS = ("attention/dwq_norm", "attention/dwk_norm")
@@ -36,7 +37,8 @@ class Moves:
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         """Weights are read in turn, so that a step brings the readings of some sites only."""
-        self._rates.append(next((float(r.values.max()) for r in readings if r.metric == "optim/lr"), self._rates[-1]))
+        rate = learning_rate(readings)
+        self._rates.append(self._rates[-1] if rate is None else rate)
         heads = self._increments
         heads.take(step, readings)
         limit = JUMP * max(heads.usual(), self._raised())

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from foreshock.monitors.policy import WARMUP_SAMPLES
+from foreshock.monitors.rates import learning_rate
 from foreshock.records import Reading
 
 
@@ -22,7 +23,7 @@ class Warmup:
 
     def update(self, step: int, readings: Sequence[Reading]) -> bool:
         """Whether the run is still warming up at this sample."""
-        rate = next((float(reading.values.max()) for reading in readings if reading.metric == "optim/lr"), None)
+        rate = learning_rate(readings)
         if step < self.steps or (rate is not None and rate > self._rate and self._settling == WARMUP_SAMPLES):
             self._rate = self._rate if rate is None else rate
             return True
