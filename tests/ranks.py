@@ -110,7 +110,7 @@ def main(out: Path) -> None:
         _torch.job_store = connect if rank == 0 else lambda flaky=flaky: flaky
         called: list[int] = []
         row = [on_alarm, lambda alarm, called=called: called.append(alarm.step)]
-        watch = Watch(every=every, inner="eager", on_alarm=row, detectors=[Finds()])
+        watch = Watch(every=every, inner="eager", on_alarm=row, detectors=[Finds()], merge=False)
         found[name] = train(watch, sited or rank == 1)
         watch.close()
         found[name] |= {"called": called, "said": heard.lines, "warnings": watch.coverage.warnings}

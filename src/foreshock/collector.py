@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,12 +13,16 @@ import torch
 from foreshock.config import FAMILIES
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.instances import Instance, Instances
+from foreshock.merging import Merging
 from foreshock.monitors.metrics import family
 from foreshock.records import Alarm, Array, Coverage, Reading, Site
 from foreshock.runtime import Merged, Sample
+from foreshock.shards import Local, Loose, squares
 
 # A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
 MOST_SAMPLES = 20_000
+GRADIENT_NORM = "optim/grad_norm"
+SHARDS = "optim/grad_square_of_shards"  # on its way to that norm
 Fail = Callable[[str, Exception], None]
 
 
@@ -68,6 +73,9 @@ class Collector:
         self._weighed = -1
         self._verdicts: dict[str, bool] = {}  # by metric, whether its family is recorded
         self._unjudged: dict[tuple[str, str | None], Reading] = {}  # of the weights, since the last judged step
+        self.merging: Merging | None = None  # where the job has several ranks
+        self._loose: dict[tuple[int, str, str | None], Array] = {}  # since the last flush, by step, metric and site
+        self._ranks: Mapping[tuple[str, str | None], Array] = {}  # where a law was broken worst
 
     @property
     def trained(self) -> set[Instance]:
@@ -96,12 +104,13 @@ class Collector:
         """``optimizer`` made a sampled step: its learning rates and the norms of its gradients, still on the device."""
         for monitor in self.steps:
             self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
-        found = self._optimizer.setdefault(step, {"lr": [], "norms": []})
+        found = self._optimizer.setdefault(step, {"lr": [], "norms": [], "squares": []})
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         dense = [g for g in gradients if g.layout is torch.strided and type(g) in (torch.Tensor, torch.nn.Parameter)]
         found["lr"] += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         if dense:
             found["norms"].append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense))))
+        found["squares"] += squares(gradients)
 
     def weigh(self, step: int) -> None:
         """``step`` is over and its weights stand: ask the monitors that spread their work over the steps.
@@ -116,7 +125,10 @@ class Collector:
         found: list[Reading] = []
         for monitor in self.each_step:
             found += rounded(self._guarded(f"monitor {type(monitor).__name__}", monitor.update, step, sites) or [])
-        if readings := [reading for reading in found if self._wanted(reading.metric)]:
+        readings = [reading for reading in found if self._wanted(reading.metric)]
+        if self.merging is not None:
+            self._loose |= {(step, reading.metric, reading.site): reading.values for reading in readings}
+        elif readings:
             self._unjudged |= {(reading.metric, reading.site): reading for reading in readings}
             self._guarded("writing to the store", self.store.write, step, readings)
             for sink in self.sinks:
@@ -134,8 +146,8 @@ class Collector:
         self._unjudged = {(reading.metric, reading.site): reading for reading in found}
 
     def finish(self, upto: int) -> None:
-        """Work off every step before ``upto``."""
-        if not self._samples and not self._scalars:
+        """Work off every step before ``upto``, unless all ranks do it together."""
+        if self.merging is not None or not (self._samples or self._scalars):
             return
         start = time.perf_counter()
         try:
@@ -145,44 +157,106 @@ class Collector:
         finally:
             self.seconds += time.perf_counter() - start
 
+    def exchange(self, sampled: Sequence[int], last: int | None = None) -> None:
+        """Every rank, at one place of its training: hear what was merged since, and begin to merge ``sampled`` steps.
+
+        ``last``: no step comes after this one; what was read beside the sampled ones is merged too, and all is heard. Raises what
+        the group raises when a rank is gone.
+        """
+        assert self.merging is not None
+        start = time.perf_counter()
+        try:
+            self.receive()
+            for step in sampled:
+                self.receive()
+                self.merging.launch(self._local(step))
+            if last is not None:
+                self.receive()
+                if last not in sampled:
+                    self.merging.launch(self._local(last))
+                    self.receive(judge=False)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+    def receive(self, judge: bool = True) -> None:
+        """Wait for the flush under way, if there is one, and judge what all ranks measured."""
+        if self.merging is None or not self.merging.in_flight:
+            return
+        whole = self.merging.receive()
+        self._ranks = whole.ranks
+        for step, readings in whole.readings:
+            kept = [reading for reading in rounded(readings) if self._wanted(reading.metric)]
+            if step < whole.step or not judge:
+                self._unjudged |= {(r.metric, r.site): r for r in kept if r.site is not None}
+                self._write(step, kept)
+            else:
+                self._conclude(step, rounded(self._with_gradient_norm(readings)), whole.sites)
+
+    def _local(self, step: int) -> Local:
+        """What this rank measured up to ``step`` and has not told yet."""
+        samples = self._samples_of(step)
+        logged = [entry for entry in self._scalars if entry[0] <= step]
+        self._scalars = [entry for entry in self._scalars if entry[0] > step]
+        for at, name, value in logged:
+            number = self._guarded(f"reading the logged `{name}`", float, value)
+            if number is not None:
+                self._loose[at, f"run/{name}", None] = np.array([number])
+        sums: Merged = {}
+        if samples:
+            sums = self._guarded("merging samples", _merged, samples) or {}
+            beside = self._guarded("merging samples", self._beside, step) or []
+            self._loose |= {(step, r.metric, r.site): r.values for r in rounded(beside)}
+        loose: dict[Loose, Array] = {(m, site, step - at): x for (at, m, site), x in self._loose.items() if at <= step}
+        self._loose = {key: values for key, values in self._loose.items() if key[0] > step}
+        return Local(step, sums, loose)
+
     def _finish_step(self, step: int) -> None:
-        samples = [s for s in self._samples if s.step == step]
-        self._samples = [s for s in self._samples if s.step != step]
         scalars = [(name, value) for at, name, value in self._scalars if at == step]
         self._scalars = [entry for entry in self._scalars if entry[0] != step]
         readings = []
         for name, value in scalars:
             number = self._guarded(f"reading the logged `{name}`", float, value)
             readings += [] if number is None else rounded([Reading(f"run/{name}", None, np.array([number]))])
-        training = [s for s in samples if s.is_training()]
-        self._trained.update(*(s.instances for s in training))
+        training = self._samples_of(step)
         if training:
-            readings += self._guarded("merging samples", self._measure, step, training) or []
-        self._guarded("writing to the store", self.store.write, step, readings)
-        if training:
-            self._judge(step, readings)
-            self._guarded("writing to the store", self.store.flush)
+            readings += rounded(self._guarded("merging samples", self._measure, step, training) or [])
+            self._conclude(step, readings, {site.id: site for site in self._sites()})
+        else:
+            self._write(step, readings)
+
+    def _samples_of(self, step: int) -> list[Sample]:
+        """The training samples of ``step``; all of its samples are let go."""
+        found = [s for s in self._samples if s.step == step and s.is_training()]
+        self._samples = [s for s in self._samples if s.step != step]
+        self._trained.update(*(s.instances for s in found))
+        return found
 
     def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
-        readings = []
-        merged: Merged = {}
-        for sample in samples:
-            sample.merge_into(merged)
-        for instance, quantities in merged.items():
-            readings += self._finished(instance, quantities)
-        readings += self._optimizer_readings(step)
-        sites = self._sites()
+        readings = [r for instance, sums in _merged(samples).items() for r in self.finished(instance, sums)]
+        return self._with_gradient_norm([*readings, *self._beside(step)])
+
+    def _beside(self, step: int) -> list[Reading]:
+        """What is read once a step, of the optimizer and of the weights."""
+        readings = self._optimizer_readings(step)
         for monitor in self.weights:
             name = type(monitor).__name__
-            readings += self._guarded(f"monitor {name}", monitor.update, step, sites) or []
-        readings = rounded(readings)
-        by_id = {site.id: site for site in sites}
+            readings += self._guarded(f"monitor {name}", monitor.update, step, self._sites()) or []
+        return readings
+
+    def _conclude(self, step: int, readings: list[Reading], sites: Mapping[str, Site]) -> None:
+        """Derive, store and judge a step's readings."""
         for law in self.derived:
             name = type(law).__name__
-            readings += rounded(self._guarded(f"monitor {name}", law.update, step, readings, by_id) or [])
-        return [reading for reading in readings if self._wanted(reading.metric)]
+            readings += rounded(self._guarded(f"monitor {name}", law.update, step, readings, sites) or [])
+        readings = [reading for reading in readings if self._wanted(reading.metric)]
+        self._write(step, readings)
+        self._judge(step, readings, sites)
+        self._guarded("writing to the store", self.store.flush)
 
-    def _finished(self, instance: Instance, quantities: Mapping[tuple[str, str], Array]) -> list[Reading]:
+    def _write(self, step: int, readings: Sequence[Reading]) -> None:
+        self._guarded("writing to the store", self.store.write, step, readings)
+
+    def finished(self, instance: Instance, quantities: Mapping[tuple[str, str], Array]) -> list[Reading]:
         """What each probe of the instance makes of its quantities; laws that do not hold there are left out."""
         found: dict[str, Array] = {}
         for probe in instance.probes:
@@ -224,13 +298,26 @@ class Collector:
         readings = [Reading("optim/lr", None, np.array([max(found["lr"])]))] if found["lr"] else []
         if found["norms"]:
             total = float(torch.linalg.vector_norm(torch.stack([norm.float() for norm in found["norms"]])))
-            readings.append(Reading("optim/grad_norm", None, np.array([total])))
+            readings.append(Reading(GRADIENT_NORM, None, np.array([total])))
+        if found["squares"] or self.merging is not None:
+            ranks = 1 if self.merging is None else self.merging.world  # what is told of all ranks is their mean
+            readings.append(Reading(SHARDS, None, np.array([ranks * sum(map(float, found["squares"]))])))
         return readings
 
-    def _judge(self, step: int, readings: Sequence[Reading]) -> None:
-        sites = {instance.site.id: instance.site for instance in self.instances}
+    @staticmethod
+    def _with_gradient_norm(readings: Sequence[Reading]) -> list[Reading]:
+        """The norm of gradients that each rank has whole, and of those that it has a part of, as one."""
+        square = sum(float(r.values[0]) for r in readings if r.metric == SHARDS)
+        norm = sum(float(r.values[0]) for r in readings if r.metric == GRADIENT_NORM)
+        rest = [r for r in readings if r.metric not in (SHARDS, GRADIENT_NORM)]
+        if len(rest) == len(readings):
+            return rest
+        return [*rest, Reading(GRADIENT_NORM, None, np.array([np.hypot(norm, square**0.5)]))]
+
+    def _judge(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> None:
         heard, self._unjudged = [*readings, *self._unjudged.values()], {}
         raised: list[Alarm] = self._guarded("judging", self.judge.update, step, heard, sites) or []
+        raised = [self._placed(alarm) for alarm in raised]
         for sink in self.sinks:
             self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:
@@ -241,12 +328,33 @@ class Collector:
         for alarm in raised:
             self.on_alarm(alarm)
 
+    def _placed(self, alarm: Alarm) -> Alarm:
+        """The alarm with the rank on which its number was the worst, where that is known."""
+        ranks = self._ranks.get((alarm.metric, alarm.site))
+        if self.merging is None or ranks is None:
+            return alarm
+        part = next((x for x in (alarm.head, alarm.expert) if x is not None), 0)
+        rank = int(ranks[min(part, len(ranks) - 1)])
+        if rank < 0:
+            return alarm
+        where = f"worst on {self.merging.named(rank)}"
+        return replace(
+            alarm, ranks=(rank,), evidence=(*alarm.evidence, where), message=f"{alarm.message} {where.capitalize()}."
+        )
+
     def _guarded(self, what: str, work: Callable[..., Any], *args: Any) -> Any:
         try:
             return work(*args)
         except Exception as error:
             self.fail(what, error)
             return None
+
+
+def _merged(samples: Sequence[Sample]) -> Merged:
+    found: Merged = {}
+    for sample in samples:
+        sample.merge_into(found)
+    return found
 
 
 def rounded(readings: Sequence[Reading]) -> list[Reading]:

@@ -47,6 +47,7 @@ class Settings:
     on_alarm: str = "warn"
     debounce: int = 100
     strict: bool = False
+    merge: bool = True
     rows: int = 16
     windows: tuple[int, ...] = (10, 50)
 

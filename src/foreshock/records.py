@@ -284,6 +284,7 @@ class Alarm:
 
     ``confidence`` in the mechanism: "proved" by an identity, "likely" where two symptoms agree, "possible" where one speaks alone.
     ``onset_interval``: it began after the first of these steps and not after the second; without one, at the onset alone.
+    ``ranks``: in a distributed job, where a law was broken worst; empty where no rank stands out.
     """
 
     step: int
@@ -300,6 +301,7 @@ class Alarm:
     expert: int | None = None
     onset_interval: tuple[int, int] = ALONE
     confidence: str = ""
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.onset_interval == ALONE:
@@ -311,13 +313,15 @@ class Alarm:
         return dated(self.onset, self.onset_interval)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"evidence": list(self.evidence), "onset_interval": list(self.onset_interval)}
+        lists = {name: list(getattr(self, name)) for name in ("evidence", "onset_interval", "ranks")}
+        return asdict(self) | lists
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Alarm:
         """The alarm as stored; one that was stored before onsets had intervals has the onset alone."""
         interval = tuple(plain.get("onset_interval", ALONE))
-        return cls(**{**plain, "evidence": tuple(plain["evidence"]), "onset_interval": interval})
+        ranks = tuple(plain.get("ranks", ()))
+        return cls(**{**plain, "evidence": tuple(plain["evidence"]), "onset_interval": interval, "ranks": ranks})
 
 
 def dated(onset: int, interval: tuple[int, int]) -> str:

@@ -28,12 +28,6 @@ CHUNK = 512  # about the numbers in a chunk: small beside a page, so that pages 
 PENDING = 4096  # steps kept in memory while the disk refuses them; the oldest go first
 
 
-def of_this_rank(run: str) -> str:
-    """Each process of a distributed job keeps a run folder of its own, ``RUN/rank3``."""
-    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
-    return run if alone else os.path.join(run, f"rank{os.environ.get('RANK', '0')}")
-
-
 class MemoryStore(Queries):
     """Everything in memory, nothing written: what a `Watch` without a run path keeps."""
 
@@ -237,3 +231,17 @@ class RunStore(Tables):
             db.execute("DELETE FROM tail WHERE layout = ?", (layout,))
         if least == 1:
             self._last = {}
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes for all ranks of its job, as far as the launcher's variables tell."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
+
+
+def store_of_this_rank(run: str, merged: bool) -> MemoryStore | RunStore:
+    """Where a process of a distributed job keeps its run: merged, rank 0 writes ``RUN`` for all, else each has ``RUN/rank3``."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return RunStore(run)
+    if merged:
+        return RunStore(run) if is_first_rank() else MemoryStore()
+    return RunStore(os.path.join(run, f"rank{os.environ.get('RANK', '0')}"))

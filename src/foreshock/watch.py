@@ -14,6 +14,7 @@ import torch
 
 from foreshock import _torch
 from foreshock.acting import Acting, OnAlarm, actions, names
+from foreshock.agreement import is_shared
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
@@ -21,6 +22,7 @@ from foreshock.config import Settings, families, load_settings
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.masters import Masters
+from foreshock.merging import Merging
 from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
 from foreshock.monitors.step_monitor import StepMonitor
@@ -29,10 +31,11 @@ from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
 from foreshock.runtime import Sample
-from foreshock.store import MemoryStore, RunStore, of_this_rank
+from foreshock.store import MemoryStore, is_first_rank, store_of_this_rank
 
 _log = logging.getLogger("foreshock")
 _EVERYTHING = 2**62
+MERGE_TIMEOUT = 600.0  # seconds after which a rank that does not answer is given up: it may still compile
 NEVER_TRAINED = "evaluated, never sampled in training: no gradient came back through it yet"
 
 
@@ -55,6 +58,9 @@ class Watch:
         debounce: steps in which further alarms of a mechanism, at other sites, do not act again.
         sinks: more receivers of readings and alarms.
         strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
+        merge: in a job of several ranks, what they measure is merged into one run, which rank 0 writes (True; docs/ranks.md); it
+            takes a watch on every rank. False: each rank watches for itself, into ``RUN/rank3``.
+        group: the process group of these ranks; None makes one on gloo.
         probes: `Probe`s for further kinds of site, or beside the built-in ones at attentions and routers; a probe replaces the one
             of its kind that has the same name ("attention", "router").
 
@@ -77,6 +83,8 @@ class Watch:
         debounce: int | None = None,
         sinks: Sequence[Any] = (),
         strict: bool | None = None,
+        merge: bool | None = None,
+        group: Any = None,
         rows: int | None = None,
         windows: Sequence[int] | None = None,
         probes: Sequence[Probe] = (),
@@ -99,6 +107,7 @@ class Watch:
             "align": align,
             "steps_per_false_alarm": steps_per_false_alarm,
             "strict": strict,
+            "merge": merge,
             "rows": rows,
             "windows": None if windows is None else tuple(windows),
         }
@@ -118,10 +127,13 @@ class Watch:
         self._unmatched: dict[str, None] = {}
         self._fallbacks = Fallbacks()
         self._finished = 0
+        self._group, self._alone, self._exchanged = group, False, 0
         self._closed = False
         self._started = time.perf_counter()
         self.rewriting_seconds = 0.0
-        store: Store = MemoryStore() if self.settings.run is None else RunStore(of_this_rank(self.settings.run))
+        store: Store = (
+            MemoryStore() if self.settings.run is None else store_of_this_rank(self.settings.run, self.settings.merge)
+        )
         healthy = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
@@ -147,12 +159,12 @@ class Watch:
                 steps_per_false_alarm=self.settings.steps_per_false_alarm,
                 align=self.settings.align,
             ),
-            sinks=[ConsoleSink(), *sinks],
+            sinks=[ConsoleSink(), *sinks] if is_first_rank() or not self.settings.merge else [],
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
         )
         self._hooks = [_torch.on_optimizer_step(self._after_optimizer_step)]
-        self._hooks += [_torch.before_optimizer_step(self._before_optimizer_step)] if steps else []
+        self._hooks += [_torch.before_optimizer_step(self._before_optimizer_step)]
         atexit.register(self.close)
 
     # -- what the user asks ------------------------------------------------------------------------------------------
@@ -232,8 +244,11 @@ class Watch:
             return
         self.acting.closing = True
         try:
-            self._catch_up()
-            self.collector.finish(_EVERYTHING)
+            if self._is_merged():
+                self._exchange(settle=True)
+            else:
+                self._catch_up()
+                self.collector.finish(_EVERYTHING)
             self.flush()
             self.acting.settle()
         finally:
@@ -274,7 +289,7 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.clock.load_state_dict(state["clock"])
-        self._finished = self.clock.step
+        self._finished = self._exchanged = self.clock.step
         for name, monitor in self._state.items():
             monitor.load_state_dict(state["monitors"][name])
         self.collector.judge.load_state_dict(state["judge"])
@@ -296,12 +311,15 @@ class Watch:
 
     def begin_forward(self) -> bool:
         """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
-        if self._closed:
+        if self._closed or self._alone:
             return False
         if _torch.in_backward():
             return self.is_sampled(self.clock.forward_step)
         self.clock.forward()
-        if self.clock.step != self._finished:
+        if self.clock.step != self._finished and self._is_merged():
+            self._finished = self.clock.step
+            self.collector.weigh(self.clock.step - 1)
+        elif self.clock.step != self._finished:
             self._catch_up()
             self.acting.settle()
         return self.is_sampled(self.clock.step)
@@ -334,14 +352,45 @@ class Watch:
         trained = self.collector.trained
         untrained = {i for i in self.instances if i.evaluations and i not in trained}
         told = {i: (NEVER_TRAINED,) if i in untrained else self.masters.notes(i.site) for i in self.instances}
-        return tuple(instance.status(more) for instance, more in told.items())
+        elsewhere = () if self.collector.merging is None else self.collector.merging.statuses(self.instances)
+        return (*(instance.status(more) for instance, more in told.items()), *elsewhere)
 
     def _catch_up(self) -> None:
         self._finished = self.clock.step
         self.collector.weigh(self.clock.step - 1)
         self.collector.finish(self.clock.step)
 
+    def _is_merged(self) -> bool:
+        """Whether this process is a rank of a job that is watched as one; from the first step on at which it is known to be."""
+        if self.collector.merging is None and self.settings.merge and is_shared():
+            self.collector.finish(self.clock.step)
+            self.collector.merging = Merging(
+                self.probes_for, self.collector.finished, fail=self.fail, group=self._group, timeout=MERGE_TIMEOUT
+            )
+            self._exchanged = self.clock.step
+        return self.collector.merging is not None
+
+    def _exchange(self, settle: bool = False) -> None:
+        """Once a step, by every rank before its optimizer's: a place that comes behind the same exchanges of the training on all,
+        so that none waits here for one that waits there. Where a rank is gone, this one steps aside.
+        """
+        if self._alone or (self.clock.step == self._exchanged and not settle):
+            return
+        over, self._exchanged = range(self._exchanged, self.clock.step), self.clock.step
+        self._finished = self.clock.step
+        self.collector.weigh(self.clock.step - 1)
+        try:
+            sampled = [step for step in over if self.is_sampled(step)]
+            self.collector.exchange(sampled, self.clock.step - 1 if settle else None)
+        except Exception as error:
+            self._alone = True
+            self.fail("merging what the ranks measured; this rank watches no more", error)
+
     def _before_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._is_merged():
+            self._exchange()
+        if not self.collector.steps:
+            return
         try:
             concerned = self.clock.concerns(optimizer, self.instances.parameter_ids)
             if concerned and self.is_sampled(self.clock.forward_step):

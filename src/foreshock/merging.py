@@ -1,0 +1,327 @@
+"""One run out of many ranks: what each rank measured in a step, merged by the rule of each quantity.
+
+A flush is two all-reduces of packed float64 vectors, one that adds and one that takes the largest, whatever a rank has sites or
+samples of. Their layout is agreed between all ranks and holds until a rank has something new to tell: the first number of the sum
+counts such ranks, and where it is not zero the ranks exchange what they have (digests first, each distinct description once) and
+repeat the flush. So every rank makes the same calls in the same order, and none waits for one that has nothing.
+
+A site on several ranks is one site. With the same heads (data parallel, sharded parameters) its sums add up and its maxima are
+compared; with heads of its own on each rank (tensor parallel, by ``head_offset``) the readings stand side by side; with other
+weights under the same name (pipeline stages that count layers from zero) it is another site, ``ID@RANK``. Laws are not diluted:
+of each the worst rank counts, and `Merged.ranks` says which that is.
+
+Vectors travel through a gloo group of the watch's own, or through a group that the user gives.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+
+from foreshock.errors import ForeshockError
+from foreshock.instances import Instance
+from foreshock.records import Array, Probe, Reading, Site, SiteStatus
+from foreshock.shards import (
+    LARGEST,
+    Layout,
+    Local,
+    Loose,
+    Shard,
+    Whole,
+    extent,
+    fingerprint,
+    scale,
+    is_told,
+    joined,
+    put,
+    side_by_side,
+    with_rank,
+    without_rank,
+)
+
+_HOST = 64  # bytes of a host's name
+_DIGEST = 32
+
+
+class Merging:
+    """Merges the ranks of a job. ``launch`` and ``receive`` must be called by all of them, in turns.
+
+    ``probes``: those of a kind of site, the same on every rank. ``finish(instance, sums) -> list[Reading]``. ``group``: a process
+    group of all ranks that watch; None makes one on gloo, for which ``launch`` waits for the other ranks once.
+    """
+
+    def __init__(
+        self,
+        probes: Callable[[str], tuple[Probe, ...]],
+        finish: Callable[[Instance, Mapping[tuple[str, str], Array]], list[Reading]],
+        *,
+        fail: Callable[[str, Exception], None],
+        group: Any = None,
+        timeout: float = 600.0,
+    ) -> None:
+        self._probes, self._finish, self._fail, self._group = probes, finish, fail, group
+        self._timeout = datetime.timedelta(seconds=timeout)
+        self._layout = Layout({}, {})
+        self._own: dict[Instance, tuple[str, int]] = {}  # where this rank's sites stand in the layout
+        self._known: set[Any] = set()  # what this rank has told of itself
+        self._sizes: dict[Loose, int] = {}
+        self._told: dict[Instance, dict[str, int]] = {}
+        self._quantities: dict[Instance, dict[tuple[str, str], tuple[int, str]]] = {}
+        self._flight: tuple[Local, Any, Any, list[Any]] | None = None
+        self._hosts: list[str] = []
+        self.flushes = self.agreements = 0
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a flush was launched and not received."""
+        return self._flight is not None
+
+    @property
+    def rank(self) -> int:
+        return distributed.get_rank(self._group)
+
+    @property
+    def world(self) -> int:
+        return distributed.get_world_size(self._group)
+
+    def launch(self, local: Local) -> None:
+        """Begin the flush of ``local.step``."""
+        if self._group is None:
+            self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
+        sums, largest = (np.full(size, fill) for size, fill in zip(self._layout.sizes, (0.0, -np.inf), strict=True))
+        try:
+            self._pack(local, sums, largest)
+        except Exception as error:  # the others wait for this rank, which has nothing to tell then
+            sums[:], largest[:] = 0.0, -np.inf
+            self._fail("packing what the ranks merge", error)
+        largest[:2] = local.step, -local.step
+        device = _device(self._group)
+        added, most = torch.from_numpy(sums).to(device), torch.from_numpy(largest).to(device)
+        works = [
+            distributed.all_reduce(added, distributed.ReduceOp.SUM, self._group, async_op=True),
+            distributed.all_reduce(most, distributed.ReduceOp.MAX, self._group, async_op=True),
+        ]
+        self._flight = local, added, most, works
+        self.flushes += 1
+
+    def _pack(self, local: Local, sums: Array, largest: Array) -> None:
+        """Put everything of ``local`` that has a place into the two vectors, and whether something has none."""
+        worst = {instance: self._worst(instance, of) for instance, of in local.sums.items()}
+        sums[0] = self._learn(local, worst)
+        for instance, quantities in local.sums.items():
+            if instance not in self._own:
+                continue
+            place = self._own[instance]
+            put(sums, self._layout.sums[place], np.ones(1))
+            for name, values in quantities.items():
+                put(sums, self._layout.sums.get((*place, *name)), values)
+                put(largest, self._layout.largest.get((*place, *name)), np.where(np.isnan(values), LARGEST, values))
+            for told, values in worst[instance].items():
+                put(largest, self._layout.largest.get((*place, told)), with_rank(values, self.rank))
+        for key, values in local.loose.items():
+            put(sums, self._layout.sums.get(key), np.array([1.0, *values]))
+
+    def receive(self) -> Whole:
+        """Wait for the flush that was launched. Raises what the group raises when a rank is gone or late."""
+        assert self._flight is not None
+        local, added, most, works = self._flight
+        self._flight = None
+        for work in works:
+            work.wait(self._timeout)
+        sums, largest = added.cpu().numpy(), most.cpu().numpy()
+        if largest[0] != -largest[1]:
+            raise ForeshockError(
+                f"merging ranks: they are at different steps ({-largest[1]:.0f} to {largest[0]:.0f}); give every rank the same "
+                "`every`, and the same state where they resume"
+            )
+        if sums[0]:
+            self._agree()
+            self.launch(local)
+            return self.receive()
+        return self._whole(local.step, sums, largest)
+
+    def statuses(self, own: Iterable[Instance]) -> list[SiteStatus]:
+        """Sites that other ranks have and this one has not; their counts are of merged steps."""
+        here = {self._own[instance] for instance in own if instance in self._own}
+        found = []
+        for site, shards in self._layout.shards.items():
+            if not any((site, number) in here for number in range(len(shards))):
+                ranks = sorted({rank for shard in shards for rank in shard.holders})
+                found.append(shards[0].instance.status((f"on other ranks: {_named(ranks, self._hosts)}",)))
+        return found
+
+    def named(self, rank: int) -> str:
+        """A rank and the machine it is on."""
+        return _named([rank], self._hosts)
+
+    # -- what this rank has ------------------------------------------------------------------------------------------
+
+    def _worst(self, instance: Instance, sums: Mapping[tuple[str, str], Array]) -> dict[str, Array]:
+        """Of this rank alone, what is told of the worst one."""
+        return {r.metric: r.values for r in self._finish(instance, sums) if is_told(r.metric)}
+
+    def _learn(self, local: Local, worst: Mapping[Instance, Mapping[str, Array]]) -> bool:
+        """Whether there is something that the layout has no place for."""
+        for instance, sums in local.sums.items():
+            known = self._quantities.setdefault(instance, {})
+            for (probe, name), values in sums.items():
+                maxima = next((p.maxima for p in instance.probes if p.name == probe), frozenset())
+                known[probe, name] = len(values), "max" if name in maxima else "sum"
+            self._told.setdefault(instance, {}).update({m: len(values) for m, values in worst[instance].items()})
+        self._sizes |= {key: len(values) for key, values in local.loose.items()}
+        having: set[Any] = {(i, name) for i, names in self._quantities.items() for name in names}
+        having |= {(i, name) for i, names in self._told.items() for name in names} | set(self._sizes)
+        having |= {(i, *i.laws.items()) for i in self._quantities}
+        news, self._known = not having <= self._known, having
+        return news
+
+    def _description(self) -> str:
+        shards = []
+        for instance, quantities in self._quantities.items():
+            site = instance.site
+            first, whole = extent(site)
+            shards.append(
+                {
+                    "key": [site.id, first, whole],
+                    "print": fingerprint(site),
+                    "site": site.to_json(),
+                    "facts": repr(dict(instance.facts)),
+                    "laws": dict(instance.laws),
+                    "quantities": [[*name, *of] for name, of in quantities.items()],
+                    "told": [[name, size] for name, size in self._told[instance].items()],
+                }
+            )
+        loose = [[*key, size] for key, size in self._sizes.items()]
+        return json.dumps({"shards": shards, "loose": loose})
+
+    # -- what all have -----------------------------------------------------------------------------------------------
+
+    def _agree(self) -> None:
+        """Exchange what each rank has, each distinct description once, and lay out the vectors anew."""
+        mine = self._description().encode()
+        digest, host = hashlib.sha256(mine).digest(), socket.gethostname().encode()[:_HOST].ljust(_HOST)
+        device, world = _device(self._group), self.world
+        record = torch.frombuffer(bytearray(digest + host), dtype=torch.uint8).to(device)
+        records = [torch.empty_like(record) for _ in range(world)]
+        distributed.all_gather(records, record, group=self._group)
+        told = [bytes(x.cpu().tolist()) for x in records]
+        self._hosts = [one[_DIGEST:].decode(errors="replace").strip() for one in told]
+        holders: dict[bytes, list[int]] = {}
+        for rank, one in enumerate(told):
+            holders.setdefault(one[:_DIGEST], []).append(rank)
+        found = [(self._broadcast(mine, ranks[0]), ranks) for ranks in holders.values()]
+        self._lay_out(found)
+        self.agreements += 1
+
+    def _broadcast(self, mine: bytes, source: int) -> dict[str, Any]:
+        device, here = _device(self._group), self.rank == source
+        size = torch.tensor([len(mine) if here else 0], device=device)
+        at = source if self._group is None else distributed.get_global_rank(self._group, source)
+        distributed.broadcast(size, at, group=self._group)
+        text = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device) if here else None
+        text = torch.empty(int(size), dtype=torch.uint8, device=device) if text is None else text
+        distributed.broadcast(text, at, group=self._group)
+        plain: dict[str, Any] = json.loads(bytes(text.cpu().tolist()))
+        return plain
+
+    def _lay_out(self, found: Sequence[tuple[Mapping[str, Any], Sequence[int]]]) -> None:
+        own = {(*extent(instance.site), instance.site.id): instance for instance in self._quantities}
+        shards: dict[str, list[Shard]] = {}
+        prints: dict[str, dict[str | None, str]] = {}  # of each site id, what its weights are called by
+        loose: dict[Loose, int] = {}
+        self._own = {}
+        for plain, ranks in found:
+            for metric_, site, age, size in plain["loose"]:
+                loose[metric_, site, age] = size
+            for one in plain["shards"]:
+                site, first, whole = one["key"]
+                names = prints.setdefault(site, {})
+                print_ = None if whole else one["print"]
+                name = names.setdefault(print_, f"{site}@{ranks[0]}" if names else site)
+                number = next((n for n, s in enumerate(shards.get(name, [])) if s.first == first), None)
+                if number is None:
+                    shards.setdefault(name, []).append(self._shard(name, one, first, whole))
+                    number = len(shards[name]) - 1
+                shard = shards[name][number]
+                shard.quantities += [tuple(q) for q in one["quantities"] if tuple(q) not in shard.quantities]
+                shard.told += [tuple(t) for t in one["told"] if tuple(t) not in shard.told]
+                shard.holders += ranks
+                if self.rank in ranks and (instance := own.get((first, whole, site))):
+                    self._own[instance] = name, number
+        for name, parts in shards.items():
+            for before, shard in zip(self._layout.shards.get(name, ()), parts, strict=False):
+                shard.instance.sampled = shard.instance.evaluations = before.instance.sampled
+        self._layout = Layout(shards, loose)
+
+    def _shard(self, name: str, plain: Mapping[str, Any], first: int, whole: int) -> Shard:
+        site = replace(Site.from_json(plain["site"]), id=name)
+        instance = Instance(site, self._probes(site.kind), ast.literal_eval(plain["facts"]), plain["laws"], ())
+        return Shard(instance, [], [], first, whole)
+
+    def _whole(self, step: int, sums: Array, largest: Array) -> Whole:
+        readings: list[Reading] = []
+        sites: dict[str, Site] = {}
+        ranks: dict[tuple[str, str | None], Array] = {}
+        for name, shards in self._layout.shards.items():
+            sites[name] = joined([shard.instance.site for shard in shards], shards[0].whole)
+            parts, at = [], []
+            for number, shard in enumerate(shards):
+                sampled = float(sums[self._layout.sums[name, number]][0])
+                if not sampled:
+                    continue
+                shard.instance.sampled += 1
+                shard.instance.evaluations += 1
+                found, worst = self._finished(name, number, shard, sums, largest, sampled)
+                parts.append((shard.first, found))
+                at.append((shard.first, worst))
+            readings += [Reading(m, name, values) for m, values in side_by_side(parts).items()]
+            ranks |= {(m, name): values for m, values in side_by_side(at).items()}
+        ages: dict[int, list[Reading]] = {0: readings}
+        for key in self._layout.loose:
+            many, *values = sums[self._layout.sums[key]]
+            if many:
+                metric_, site, age = key
+                ages.setdefault(age, []).append(Reading(metric_, site, np.array(values) / many))
+        return Whole(step, sorted(((step - age, of) for age, of in ages.items()), key=lambda one: one[0]), sites, ranks)
+
+    def _finished(
+        self, name: str, number: int, shard: Shard, sums: Array, largest: Array, sampled: float
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        quantities = {}
+        for probe, quantity, _, merge in shard.quantities:
+            vector, places = (largest, self._layout.largest) if merge == "max" else (sums, self._layout.sums)
+            values = vector[places[name, number, probe, quantity]]
+            quantities[probe, quantity] = np.where(values == LARGEST, np.nan, values)
+        found = {r.metric: r.values for r in self._finish(shard.instance, quantities)}
+        found = {m: values / scale(m, sampled) for m, values in found.items()}
+        worst = {}
+        for metric_, _ in shard.told:
+            values, ranks = without_rank(largest[self._layout.largest[name, number, metric_]])
+            worst[metric_] = ranks
+            if metric_.startswith("law/"):
+                found[metric_] = values
+        return found, worst
+
+
+def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    told = [f"{rank} ({hosts[rank]})" if rank < len(hosts) else str(rank) for rank in ranks[:3]]
+    more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(told)}{more}"
+
+
+def _device(group: Any) -> torch.device:
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if distributed.get_backend(group) == "nccl"
+        else torch.device("cpu")
+    )

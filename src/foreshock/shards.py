@@ -1,0 +1,188 @@
+"""What ranks have to tell each other of a step, and where it stands in two vectors: the nouns of `foreshock.merging`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foreshock.errors import ForeshockError
+from foreshock.instances import Instance
+from foreshock.monitors.metrics import metric
+from foreshock.records import Array, Reading, Site
+from foreshock.runtime import Merged as Sums
+
+LARGEST = float(np.finfo(np.float64).max)  # stands for NaN, which a maximum on the way would lose
+_RANKS = 16  # low bits of a float64 that name a rank: 65,536 of them, and 36 bits of the number are left
+_PRINT = 64  # entries of a weight that tell it from another of the same name
+SCALED = (
+    "attention/grad_",
+    "router/grad_norm",
+)  # in units of a gradient, which the ranks of a loss's mean each see N times
+UNSCALED = ("attention/grad_nonfinite", "attention/grad_delta_sign")
+SQUARED = ("law/bias_num", "law/bias_den")  # in units of its square
+TOLD = ("law/", "attention/nonfinite", "attention/grad_nonfinite", "router/nonfinite", "router/grad_nonfinite")
+POOLED = ("law/bias_num", "law/bias_den", "law/key_gain", "law/euler_gain")
+
+Key = tuple[str, int, int]  # a site's id, and the first of its heads or experts that is on this rank
+Loose = tuple[str, str | None, int]  # a reading that no probe made: metric, site, and how many steps before the flush
+
+
+@dataclass(frozen=True)
+class Local:
+    """What one rank measured up to a step: sums of its sites, and readings by metric, site and age."""
+
+    step: int
+    sums: Sums
+    loose: Mapping[Loose, Array]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The same of all ranks: readings by age, the sites they are of, and at which rank a number that is told was the largest."""
+
+    step: int
+    readings: list[tuple[int, list[Reading]]]
+    sites: Mapping[str, Site]
+    ranks: Mapping[tuple[str, str | None], Array]
+
+
+@dataclass
+class Shard:
+    """A site, or those of its heads that some ranks have: what it takes to finish its sums anywhere."""
+
+    instance: Instance
+    quantities: list[tuple[str, str, int, str]]  # probe, name, size, merge
+    told: list[tuple[str, int]]  # metric, size
+    first: int  # of its heads or experts, in the whole site's
+    whole: int  # heads or experts of the whole site; 0 where this is all of it
+    holders: list[int] = field(default_factory=list)
+
+
+class Layout:
+    """Where everything stands in the two vectors: by site and number of the shard, and what of it; or by a loose reading's key."""
+
+    def __init__(self, shards: Mapping[str, list[Shard]], loose: Mapping[Loose, int]) -> None:
+        self.shards, self.loose = shards, dict(loose)
+        self.sums: dict[tuple[Any, ...], slice] = {}
+        self.largest: dict[tuple[Any, ...], slice] = {}
+        at, top = 1, 2  # behind the count of ranks with news; behind the step and its negative
+        for site in sorted(shards):
+            for number, shard in enumerate(shards[site]):
+                for probe, name, size, merge in shard.quantities:
+                    if merge == "max":
+                        self.largest[site, number, probe, name] = slice(top, top := top + size)
+                    else:
+                        self.sums[site, number, probe, name] = slice(at, at := at + size)
+                for name, size in shard.told:
+                    self.largest[site, number, name] = slice(top, top := top + size)
+                self.sums[site, number] = slice(at, at := at + 1)  # ranks that sampled it
+        for key in sorted(self.loose, key=repr):
+            self.sums[key] = slice(at, at := at + 1 + self.loose[key])
+        self.sizes = at, top
+
+
+def with_rank(values: Array, rank: int) -> Array:
+    """Numbers from zero on, with ``rank`` in their lowest bits, so that the largest says whose it is; NaN is less than all."""
+    bits = np.clip(values, 0.0, LARGEST).view(np.int64) >> _RANKS << _RANKS | rank
+    return np.where(np.isnan(values), -np.inf, bits.view(np.float64))
+
+
+def without_rank(largest: Array) -> tuple[Array, Array]:
+    """The numbers, to 36 bits, and the ranks; NaN and -1 where no rank had one."""
+    absent = largest == -np.inf
+    bits = np.where(absent, 0.0, largest).view(np.int64)
+    values = (bits >> _RANKS << _RANKS).view(np.float64)
+    return np.where(absent, np.nan, values), np.where(absent, -1, bits & ((1 << _RANKS) - 1))
+
+
+def put(vector: Array, where: slice | None, values: Array) -> None:
+    """``values`` in their place, unless there is none, or one of another size."""
+    if where is not None and where.stop - where.start == len(values):
+        vector[where] = values
+
+
+def is_told(name: str) -> bool:
+    return name.startswith(TOLD) and name not in POOLED
+
+
+def scale(name: str, sampled: float) -> float:
+    """What a reading is divided by that each of ``sampled`` ranks saw so many times larger: the loss is their mean."""
+    if name in SQUARED:
+        return sampled**2
+    return sampled if name.startswith(SCALED) and name not in UNSCALED else 1.0
+
+
+def extent(site: Site) -> tuple[int, int]:
+    """The first head (or expert) of ``site`` that is on this rank, and how many there are on all; 0 if these are all."""
+    if site.kind == "router":
+        return int(site.facts.get("expert_offset", 0)), int(site.facts.get("experts_of", 0))
+    return int(site.facts.get("head_offset", 0)), int(site.facts.get("heads_of", 0))
+
+
+def joined(sites: Sequence[Site], whole: int) -> Site:
+    """The site with all its heads or experts."""
+    site = sites[0]
+    if not whole:
+        return site
+    if site.kind == "router":
+        return replace(site, experts=whole)
+    share = whole // (site.heads or whole)
+    return replace(
+        site, heads=whole, kv_heads=site.kv_heads and int(site.facts.get("kv_heads_of", site.kv_heads * share))
+    )
+
+
+def side_by_side(parts: Sequence[tuple[int, Mapping[str, Array]]]) -> dict[str, Array]:
+    """Readings of a site's shards as the whole site's: heads and experts in their order, the rest by the metric's own rule."""
+    if len(parts) == 1:
+        return dict(parts[0][1])
+    found: dict[str, Array] = {}
+    ordered = [of for _, of in sorted(parts, key=lambda part: part[0])]
+    for name in dict.fromkeys(name for of in ordered for name in of):
+        values = [of[name] for of in ordered if name in of]
+        axis, merge = _rule(name)
+        if axis in ("heads", "kv_heads", "experts"):
+            found[name] = np.concatenate(values)
+        elif merge in ("max", "sum"):
+            found[name] = np.max(values, 0) if merge == "max" else np.sum(values, 0)
+        else:
+            found[name] = np.mean(values, 0)
+    return found
+
+
+def _rule(name: str) -> tuple[str, str]:
+    try:
+        known = metric(name)
+    except ForeshockError:
+        return "", "mean"  # a user's own
+    return known.axis, known.merge
+
+
+def fingerprint(site: Site) -> str | None:
+    """Of the weights as they stand, the same on ranks that hold copies; None where they cannot be read now."""
+    found = []
+    for view in (site.q_weight, site.k_weight, site.weight):
+        for x in (view.held() or ()) if view is not None else ():
+            whole = type(x) in (torch.Tensor, torch.nn.Parameter) and x.untyped_storage().nbytes()
+            if not whole:
+                return None
+            found.append(x.detach().reshape(-1)[:_PRINT].double().cpu().numpy().tobytes())
+    return hashlib.sha256(b"".join(found)).hexdigest()[:16] if found else None
+
+
+def squares(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Of each gradient that ranks have parts of (DTensor), this rank's share of the square of its norm, on its device."""
+    from torch.distributed.tensor import DTensor
+
+    found = []
+    for x in gradients:
+        if isinstance(x, DTensor):
+            copies = [size for size, at in zip(x.device_mesh.shape, x.placements, strict=True) if not at.is_shard()]
+            found.append(x.to_local().float().square().sum() / int(np.prod(copies)))
+    return found

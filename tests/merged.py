@@ -1,0 +1,208 @@
+"""One rank of a small distributed job, for tests/test_merging.py: ``python merged.py OUT SCENARIO ...``, torchrun's variables set.
+
+Each scenario is a training of its own, with a watch of its own; its series, alarms and ledger go to ``OUT/SCENARIO.RANK.npz`` and
+``.json``. In a job of one process a scenario trains on the whole batch that several ranks share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+import foreshock.watch
+from foreshock import Watch
+from foreshock.demo import kernel
+from foreshock.records import Probe
+
+D, HEADS, EXPERTS, BATCH, LENGTH, STEPS = 32, 4, 4, 8, 16, 8
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+KERNEL_STEPS, BROKEN, DYING = 12, 6, 3
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Flash(Attention):
+    """With the demo's kernel, which can be broken."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).bfloat16() for f in (self.q, self.k, self.v))
+        y, _ = kernel.attention(q, k, v, True, (D // HEADS) ** -0.5)
+        return x + self.out(y.float().transpose(1, 2).flatten(2))
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(D, EXPERTS, bias=False), nn.Parameter(torch.randn(EXPERTS, D, D) / D**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates, chosen = self.gate(x).softmax(-1).topk(2, -1)
+        y = torch.einsum("bsd,edf->bsef", x, self.up).relu()
+        y = y.gather(2, chosen[..., None].expand(*chosen.shape, D))
+        return x + (y * gates[..., None]).sum(2)
+
+
+class Stack(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def batches() -> Any:
+    """Endlessly, the share of this rank."""
+    generator = torch.Generator().manual_seed(1)
+    while True:
+        yield torch.randn(BATCH, LENGTH, D, generator=generator).chunk(WORLD)[RANK]
+
+
+def write(out: Path, name: str, watch: Watch, model: nn.Module | None = None, **more: Any) -> None:
+    store = watch.collector.store
+    arrays = {
+        f"{metric}|{site}|{what}": values
+        for metric in watch.metrics()
+        for site in store.sites_of(metric)
+        for what, values in zip(("steps", "values"), watch.series(metric, site), strict=True)
+    }
+    for key, parameter in model.named_parameters() if model is not None else ():
+        arrays[f"parameter|{key}"] = getattr(parameter.data, "full_tensor", lambda p=parameter: p.data)().numpy()
+    np.savez(out / f"{name}.{RANK}.npz", **arrays)
+    merging = watch.collector.merging
+    told = {
+        "alarms": [alarm.to_json() for alarm in watch.alarms],
+        "sites": {s.site.id: [s.evaluations, s.sampled, list(s.notes)] for s in watch.coverage},
+        "warnings": watch.coverage.warnings,
+        "flushes": merging and merging.flushes,
+        "agreements": merging and merging.agreements,
+        "step": watch.step,
+        **more,
+    }
+    (out / f"{name}.{RANK}.json").write_text(json.dumps(told))
+
+
+def parallel(out: Path, name: str) -> None:
+    """Data parallel, watched or plain: ``ddp``, ``ddp, plain``, ``fsdp`` and so on, every layer compiled by itself in the latter."""
+    sharded, watched = name.startswith("fsdp"), not name.endswith("plain")
+    torch.manual_seed(0)
+    model = Stack(Attention(), Experts(), Attention())
+    with Watch(every=2 if "sampled" in name else 1, inner="aot_eager", windows=(2, 4), strict=not sharded) as watch:
+        backend = watch.backend if watched else "aot_eager"
+        run: nn.Module = model
+        if sharded:
+            for layer in model.layers:
+                fully_shard(layer)
+                layer.compile(backend=backend)
+            fully_shard(model)
+        else:
+            run = torch.compile(DistributedDataParallel(model) if WORLD > 1 else model, backend=backend)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1.0), batches()
+        for _ in range(STEPS):
+            loss = run(next(batch)).square().mean()
+            watch.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    write(out, name, watch, model)
+
+
+def apart(out: Path, name: str) -> None:
+    """Ranks that train by themselves: ``sites`` has none on rank 0, ``stages`` other layers under the same name, ``idle`` steps in
+    which rank 1 runs nothing, ``probe`` one that fails on rank 1, ``gone`` ends rank 1 in mid-run, ``late`` lets it sleep."""
+    foreshock.watch.MERGE_TIMEOUT = 5.0 if name == "late" else 60.0
+    torch.manual_seed(RANK if name == "stages" else 0)
+    model = Stack(Attention())
+
+    def finish(facts: Any, sums: Any) -> dict[str, Any]:
+        if RANK == 1:
+            raise ValueError("no")
+        return {"own/size": sums["size"]}
+
+    probe = Probe("own", "attention", lambda facts, x, rows: {"size": x["q"].square().sum()}, finish)
+    with Watch(every=1, inner="aot_eager", windows=(2,), probes=[probe] if name == "probe" else ()) as watch:
+        run = model if name == "sites" and RANK == 0 else torch.compile(model, backend=watch.backend)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+        for step in range(STEPS):
+            if name == "gone" and RANK == 1 and step == DYING:
+                os._exit(0)
+            if name == "late" and RANK == 1 and step == DYING:
+                time.sleep(12)
+            x = next(batch)
+            if not (name == "idle" and RANK == 1 and step % 2):
+                run(x).square().mean().backward()
+            if name in ("idle", "probe"):
+                average(model)
+            optimizer.step()
+            optimizer.zero_grad()
+    write(out, name, watch, model)
+
+
+def average(model: nn.Module) -> None:
+    """Of the gradients over ranks, zero where a rank has none."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        distributed.all_reduce(parameter.grad)
+
+
+def broken(out: Path, name: str) -> None:
+    """A kernel that goes wrong on the last rank alone."""
+    torch.manual_seed(0)
+    model = Stack(Flash(), Flash())
+    called: list[int] = []
+    with Watch(
+        out / "run", every=1, inner="aot_eager", on_alarm=lambda alarm: called.append(watch.step), strict=True
+    ) as watch:
+        run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+        for step in range(KERNEL_STEPS):
+            if step == BROKEN and RANK == WORLD - 1:
+                kernel.set_fault(kernel.Fault(diagonal=1, layer=1, layers=2))
+            run(next(batch)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    kernel.set_fault(kernel.HEALTHY)
+    write(out, name, watch, called=called)
+
+
+SCENARIOS = {"broken": broken, **dict.fromkeys(("sites", "stages", "idle", "probe", "gone", "late"), apart)}
+
+
+def main(out: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    if WORLD > 1 or any(name.startswith("fsdp") for name in names):
+        distributed.init_process_group("gloo")
+    for name in names:
+        torch._dynamo.reset()
+        SCENARIOS.get(name, parallel)(out, name)
+    if WORLD > 1 and "gone" not in names:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    os._exit(0)  # where a rank is gone, torchrun's own teardown would wait
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,195 @@
+"""Several ranks watched as one run: `tests/merged.py` under torchrun, on gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from merged import BROKEN, DYING, KERNEL_STEPS, STEPS
+
+from foreshock import open_run
+from foreshock.shards import LARGEST, side_by_side, with_rank, without_rank
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+# Rows are drawn anew in each call, so what is estimated from them is another estimate.
+ESTIMATES = ("entropy", "logit_max", "lse", "sink", "shadow")
+TOGETHER = ("ddp", "ddp, sampled", "ddp, plain", "sites", "stages", "idle", "probe", "broken", "late")
+
+
+class Job:
+    """A job of some ranks, run once."""
+
+    def __init__(self, out: Path, ranks: int, *names: str) -> None:
+        self.out = out
+        out.mkdir(exist_ok=True)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [*torchrun, str(Path(__file__).with_name("merged.py")), str(out), *names]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.said = done.stderr
+
+    def series(self, name: str, rank: int = 0) -> Arrays:
+        with np.load(self.out / f"{name}.{rank}.npz") as found:
+            return dict(found)
+
+    def told(self, name: str, rank: int = 0) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.out / f"{name}.{rank}.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("alone"), 1, "ddp", "ddp, sampled", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER)
+
+
+def same(one: Arrays, other: Arrays) -> None:
+    """Every series at the same steps with the same numbers: to 1e-6, of laws (they are rounding) or of the largest; counts exactly."""
+    assert set(one) == set(other)
+    for key, values in one.items():
+        name, _, what = key.rpartition("|")
+        metric = name.partition("|")[0]
+        if what == "steps":
+            assert np.array_equal(values, other[key]), key
+        elif metric.startswith("law/bias") or any(part in metric for part in ESTIMATES):
+            assert values.shape == other[key].shape, key
+        else:
+            size = np.nanmax(np.abs(values), initial=0.0)
+            atol = 1e-6 if metric.startswith("law/") else 1e-6 * size
+            assert np.allclose(values, other[key], rtol=1e-6, atol=atol, equal_nan=True), key
+            if "load" in metric or metric.endswith("nonfinite"):
+                assert np.array_equal(values, other[key]), key
+
+
+def check(alone: Job, job: Job, name: str, ranks: int) -> None:
+    whole = {key: values for key, values in alone.series(name).items() if not key.startswith("parameter|")}
+    for rank in range(ranks):
+        mine = {key: values for key, values in job.series(name, rank).items() if not key.startswith("parameter|")}
+        same(whole, mine)
+        assert job.told(name, rank)["warnings"] == []
+        assert job.told(name, rank)["sites"] == job.told(name)["sites"]
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp, sampled"])
+def test_two_ranks_tell_what_one_process_tells_of_the_whole_batch(alone: Job, two: Job, name: str) -> None:
+    check(alone, two, name, 2)
+
+
+def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two: Job) -> None:
+    """Each agreement repeats its flush: at the first step, with the first spectra and bias, of either window."""
+    told = two.told("ddp")
+    assert told["flushes"] == STEPS + told["agreements"]
+    assert told["agreements"] <= 6
+    assert two.told("ddp, sampled")["flushes"] == STEPS // 2 + two.told("ddp, sampled")["agreements"]
+
+
+def test_training_is_not_changed(two: Job) -> None:
+    watched, plain = (two.series(name) for name in ("ddp", "ddp, plain"))
+    keys = [key for key in watched if key.startswith("parameter|")]
+    assert keys and all(np.array_equal(watched[key], plain[key]) for key in keys)
+
+
+def test_a_site_of_one_rank_is_known_on_all(two: Job) -> None:
+    told = two.told("sites")
+    assert list(told["sites"]) == ["attention:layers.0"]
+    (note,) = told["sites"]["attention:layers.0"][2]
+    assert note.startswith("on other ranks: rank 1 (")
+    ours, theirs = two.series("sites", 0), two.series("sites", 1)
+    assert len(ours["attention/q_rms|attention:layers.0|values"]) == STEPS
+    assert all(np.array_equal(ours[key], theirs[key]) for key in ours if key.startswith("attention/q_"))
+    assert two.told("sites", 0)["warnings"] == two.told("sites", 1)["warnings"] == []
+
+
+def test_other_weights_under_the_same_name_are_another_site(two: Job) -> None:
+    for rank in range(2):
+        series = two.series("stages", rank)
+        first, second = (series[f"attention/q_rms|attention:layers.0{at}|values"] for at in ("", "@1"))
+        assert len(first) == len(second) == STEPS
+        assert not np.allclose(first, second)
+
+
+def test_a_rank_without_a_forward_pass_takes_part(two: Job) -> None:
+    rows = two.series("idle")["attention/q_rms|attention:layers.0|steps"]
+    assert rows.tolist() == list(range(STEPS))
+    assert two.told("idle", 0)["warnings"] == two.told("idle", 1)["warnings"] == []
+
+
+def test_a_probe_that_fails_on_one_rank_holds_nobody_up(two: Job) -> None:
+    series = two.series("probe")
+    assert len(series["attention/q_rms|attention:layers.0|values"]) == STEPS
+    assert two.told("probe", 0)["warnings"] == []
+    assert any("probe `own`" in line for line in two.told("probe", 1)["warnings"])
+
+
+def test_an_alarm_names_the_rank_and_comes_to_all_at_one_step(two: Job) -> None:
+    first, second = two.told("broken", 0), two.told("broken", 1)
+    assert first["alarms"] == second["alarms"] and first["called"] == second["called"]
+    alarm = first["alarms"][0]
+    assert alarm["ranks"] == [1] and alarm["site"] == "attention:layers.1"
+    assert BROKEN <= alarm["step"] < KERNEL_STEPS and "Worst on rank 1 (" in alarm["message"]
+    with open_run(two.out / "run") as run:  # rank 0 wrote for both
+        assert [a.to_json() for a in run.alarms] == first["alarms"]
+        assert run.steps.tolist() == list(range(KERNEL_STEPS))
+
+
+def test_a_rank_that_is_late_is_given_up_and_training_goes_on(two: Job) -> None:
+    for rank in range(2):
+        told = two.told("late", rank)
+        (warning,) = told["warnings"]
+        assert warning.startswith("merging what the ranks measured; this rank watches no more")
+        assert told["step"] == STEPS
+    assert list(two.series("late")["attention/q_rms|attention:layers.0|steps"])[:1] == [0]
+
+
+def test_a_rank_that_dies_is_given_up(tmp_path: Path) -> None:
+    job = Job(tmp_path / "gone", 2, "gone")
+    told = job.told("gone")
+    (warning,) = told["warnings"]
+    assert warning.startswith("merging what the ranks measured") and told["step"] == STEPS
+    assert list(job.series("gone")["attention/q_rms|attention:layers.0|steps"]) == list(range(DYING))[:-2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks"), [("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
+def test_more_ranks_and_sharded_ones(alone: Job, tmp_path: Path, name: str, ranks: int) -> None:
+    job = Job(tmp_path / "job", ranks, name, f"{name}, plain")
+    check(alone, job, name, ranks)
+    watched, plain = job.series(name), job.series(f"{name}, plain")
+    keys = [key for key in watched if key.startswith("parameter|")]
+    assert keys and all(np.array_equal(watched[key], plain[key]) for key in keys)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 65535])
+def test_the_largest_says_whose_it_is(rank: int) -> None:
+    values = np.array([0.0, 1e-30, 3.14159, np.inf, np.nan, LARGEST])
+    told, ranks = without_rank(with_rank(values, rank))
+    assert np.isnan(told[4]) and ranks[4] == -1
+    assert (ranks[[0, 1, 2, 3, 5]] == rank).all()
+    assert np.allclose(told[:3], values[:3], rtol=2**-35, atol=0)
+    mine, other = with_rank(np.array([2.0]), 3), with_rank(np.array([1.0]), 60000)
+    assert without_rank(np.maximum(mine, other))[1] == 3
+
+
+def test_shards_stand_side_by_side() -> None:
+    make: Callable[[float], dict[str, Any]] = lambda x: {  # noqa: E731
+        "attention/q_rms": np.array([x, x + 1]),
+        "attention/nonfinite": np.full(4, x),
+        "attention/q_absmax": np.array([x]),
+        "own/thing": np.array([x]),
+    }
+    found = side_by_side([(2, make(5.0)), (0, make(1.0))])
+    assert found["attention/q_rms"].tolist() == [1, 2, 5, 6]
+    assert found["attention/nonfinite"].tolist() == [6] * 4
+    assert found["own/thing"].tolist() == [3]
