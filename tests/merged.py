@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-import foreshock.watch
+import foreshock.ranks
 from foreshock import Watch
 from foreshock.demo import kernel
 from foreshock.records import Probe
@@ -106,7 +106,7 @@ def write(out: Path, name: str, watch: Watch, model: nn.Module | None = None, **
 
 
 def parallel(out: Path, name: str) -> None:
-    """Data parallel, watched or plain: ``ddp``, ``ddp, plain``, ``fsdp`` and so on, every layer compiled by itself in the latter."""
+    """Data parallel, watched or plain: ``ddp``, ``ddp, plain``, ``fsdp``, where every layer is compiled by itself."""
     sharded, watched = name.startswith("fsdp"), not name.endswith("plain")
     torch.manual_seed(0)
     model = Stack(Attention(), Experts(), Attention())
@@ -133,7 +133,7 @@ def parallel(out: Path, name: str) -> None:
 def apart(out: Path, name: str) -> None:
     """Ranks that train by themselves: ``sites`` has none on rank 0, ``stages`` other layers under the same name, ``idle`` steps in
     which rank 1 runs nothing, ``probe`` one that fails on rank 1, ``gone`` ends rank 1 in mid-run, ``late`` lets it sleep."""
-    foreshock.watch.MERGE_TIMEOUT = 5.0 if name == "late" else 60.0
+    foreshock.ranks.TIMEOUT = 5.0 if name == "late" else 60.0
     torch.manual_seed(RANK if name == "stages" else 0)
     model = Stack(Attention())
 

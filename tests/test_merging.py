@@ -56,7 +56,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 
 def same(one: Arrays, other: Arrays) -> None:
-    """Every series at the same steps with the same numbers: to 1e-6, of laws (they are rounding) or of the largest; counts exactly."""
+    """Every series at the same steps with the same numbers: to 1e-6, of the laws (rounding) or of the largest; counts exact."""
     assert set(one) == set(other)
     for key, values in one.items():
         name, _, what = key.rpartition("|")
@@ -92,13 +92,15 @@ def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two
     told = two.told("ddp")
     assert told["flushes"] == STEPS + told["agreements"]
     assert told["agreements"] <= 6
-    assert two.told("ddp, sampled")["flushes"] == STEPS // 2 + two.told("ddp, sampled")["agreements"]
+    last = 1  # of what was logged behind the last sampled step
+    assert two.told("ddp, sampled")["flushes"] == STEPS // 2 + last + two.told("ddp, sampled")["agreements"]
 
 
 def test_training_is_not_changed(two: Job) -> None:
     watched, plain = (two.series(name) for name in ("ddp", "ddp, plain"))
     keys = [key for key in watched if key.startswith("parameter|")]
-    assert keys and all(np.array_equal(watched[key], plain[key]) for key in keys)
+    assert keys
+    assert all(np.array_equal(watched[key], plain[key]) for key in keys)
 
 
 def test_a_site_of_one_rank_is_known_on_all(two: Job) -> None:
@@ -135,10 +137,13 @@ def test_a_probe_that_fails_on_one_rank_holds_nobody_up(two: Job) -> None:
 
 def test_an_alarm_names_the_rank_and_comes_to_all_at_one_step(two: Job) -> None:
     first, second = two.told("broken", 0), two.told("broken", 1)
-    assert first["alarms"] == second["alarms"] and first["called"] == second["called"]
+    assert first["alarms"] == second["alarms"]
+    assert first["called"] == second["called"]
     alarm = first["alarms"][0]
-    assert alarm["ranks"] == [1] and alarm["site"] == "attention:layers.1"
-    assert BROKEN <= alarm["step"] < KERNEL_STEPS and "Worst on rank 1 (" in alarm["message"]
+    assert alarm["ranks"] == [1]
+    assert alarm["site"] == "attention:layers.1"
+    assert BROKEN <= alarm["step"] < KERNEL_STEPS
+    assert "Worst on rank 1 (" in alarm["message"]
     with open_run(two.out / "run") as run:  # rank 0 wrote for both
         assert [a.to_json() for a in run.alarms] == first["alarms"]
         assert run.steps.tolist() == list(range(KERNEL_STEPS))
@@ -157,7 +162,8 @@ def test_a_rank_that_dies_is_given_up(tmp_path: Path) -> None:
     job = Job(tmp_path / "gone", 2, "gone")
     told = job.told("gone")
     (warning,) = told["warnings"]
-    assert warning.startswith("merging what the ranks measured") and told["step"] == STEPS
+    assert warning.startswith("merging what the ranks measured")
+    assert told["step"] == STEPS
     assert list(job.series("gone")["attention/q_rms|attention:layers.0|steps"]) == list(range(DYING))[:-2]
 
 
@@ -168,14 +174,16 @@ def test_more_ranks_and_sharded_ones(alone: Job, tmp_path: Path, name: str, rank
     check(alone, job, name, ranks)
     watched, plain = job.series(name), job.series(f"{name}, plain")
     keys = [key for key in watched if key.startswith("parameter|")]
-    assert keys and all(np.array_equal(watched[key], plain[key]) for key in keys)
+    assert keys
+    assert all(np.array_equal(watched[key], plain[key]) for key in keys)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 65535])
 def test_the_largest_says_whose_it_is(rank: int) -> None:
     values = np.array([0.0, 1e-30, 3.14159, np.inf, np.nan, LARGEST])
     told, ranks = without_rank(with_rank(values, rank))
-    assert np.isnan(told[4]) and ranks[4] == -1
+    assert np.isnan(told[4])
+    assert ranks[4] == -1
     assert (ranks[[0, 1, 2, 3, 5]] == rank).all()
     assert np.allclose(told[:3], values[:3], rtol=2**-35, atol=0)
     mine, other = with_rank(np.array([2.0]), 3), with_rank(np.array([1.0]), 60000)

@@ -14,7 +14,6 @@ import torch
 
 from foreshock import _torch
 from foreshock.acting import Acting, OnAlarm, actions, names
-from foreshock.agreement import is_shared
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
@@ -22,12 +21,12 @@ from foreshock.config import Settings, families, load_settings
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.masters import Masters
-from foreshock.merging import Merging
 from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
 from foreshock.monitors.step_monitor import StepMonitor
 from foreshock.monitors.tiers import probes as built_in
 from foreshock.patterns import GraphView, Match, Pattern
+from foreshock.ranks import Ranks
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
 from foreshock.runtime import Sample
@@ -35,7 +34,6 @@ from foreshock.store import MemoryStore, is_first_rank, store_of_this_rank
 
 _log = logging.getLogger("foreshock")
 _EVERYTHING = 2**62
-MERGE_TIMEOUT = 600.0  # seconds after which a rank that does not answer is given up: it may still compile
 NEVER_TRAINED = "evaluated, never sampled in training: no gradient came back through it yet"
 
 
@@ -127,7 +125,6 @@ class Watch:
         self._unmatched: dict[str, None] = {}
         self._fallbacks = Fallbacks()
         self._finished = 0
-        self._group, self._alone, self._exchanged = group, False, 0
         self._closed = False
         self._started = time.perf_counter()
         self.rewriting_seconds = 0.0
@@ -162,6 +159,9 @@ class Watch:
             sinks=[ConsoleSink(), *sinks] if is_first_rank() or not self.settings.merge else [],
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
+        )
+        self.ranks = Ranks(
+            self.collector, self.clock, self.probes_for, self.is_sampled, self.fail, self.settings.merge, group
         )
         self._hooks = [_torch.on_optimizer_step(self._after_optimizer_step)]
         self._hooks += [_torch.before_optimizer_step(self._before_optimizer_step)]
@@ -244,8 +244,8 @@ class Watch:
             return
         self.acting.closing = True
         try:
-            if self._is_merged():
-                self._exchange(settle=True)
+            if self.ranks.are_one():
+                self.ranks.exchange(settle=True)
             else:
                 self._catch_up()
                 self.collector.finish(_EVERYTHING)
@@ -289,7 +289,7 @@ class Watch:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.clock.load_state_dict(state["clock"])
-        self._finished = self._exchanged = self.clock.step
+        self._finished = self.ranks.exchanged = self.clock.step
         for name, monitor in self._state.items():
             monitor.load_state_dict(state["monitors"][name])
         self.collector.judge.load_state_dict(state["judge"])
@@ -311,12 +311,12 @@ class Watch:
 
     def begin_forward(self) -> bool:
         """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
-        if self._closed or self._alone:
+        if self._closed or self.ranks.given_up:
             return False
         if _torch.in_backward():
             return self.is_sampled(self.clock.forward_step)
         self.clock.forward()
-        if self.clock.step != self._finished and self._is_merged():
+        if self.clock.step != self._finished and self.ranks.are_one():
             self._finished = self.clock.step
             self.collector.weigh(self.clock.step - 1)
         elif self.clock.step != self._finished:
@@ -360,35 +360,9 @@ class Watch:
         self.collector.weigh(self.clock.step - 1)
         self.collector.finish(self.clock.step)
 
-    def _is_merged(self) -> bool:
-        """Whether this process is a rank of a job that is watched as one; from the first step on at which it is known to be."""
-        if self.collector.merging is None and self.settings.merge and is_shared():
-            self.collector.finish(self.clock.step)
-            self.collector.merging = Merging(
-                self.probes_for, self.collector.finished, fail=self.fail, group=self._group, timeout=MERGE_TIMEOUT
-            )
-            self._exchanged = self.clock.step
-        return self.collector.merging is not None
-
-    def _exchange(self, settle: bool = False) -> None:
-        """Once a step, by every rank before its optimizer's: a place that comes behind the same exchanges of the training on all,
-        so that none waits here for one that waits there. Where a rank is gone, this one steps aside.
-        """
-        if self._alone or (self.clock.step == self._exchanged and not settle):
-            return
-        over, self._exchanged = range(self._exchanged, self.clock.step), self.clock.step
-        self._finished = self.clock.step
-        self.collector.weigh(self.clock.step - 1)
-        try:
-            sampled = [step for step in over if self.is_sampled(step)]
-            self.collector.exchange(sampled, self.clock.step - 1 if settle else None)
-        except Exception as error:
-            self._alone = True
-            self.fail("merging what the ranks measured; this rank watches no more", error)
-
     def _before_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._is_merged():
-            self._exchange()
+        if self.ranks.are_one():
+            self.ranks.exchange()
         if not self.collector.steps:
             return
         try:

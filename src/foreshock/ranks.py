@@ -1,0 +1,65 @@
+"""This process among the ranks of its job: when it tells them what it measured, and when it steps aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from foreshock.agreement import is_shared
+from foreshock.clock import StepClock
+from foreshock.collector import Collector
+from foreshock.merging import Merging
+from foreshock.records import Probe
+
+TIMEOUT = 600.0  # seconds after which a rank that does not answer is given up: it may still compile
+
+
+class Ranks:
+    """Decides, the same on every rank, which steps are merged and when.
+
+    ``wanted``: whether ranks are to be watched as one run. ``group``: the process group of them; None makes one. ``exchanged``: the
+    step before which everything was told.
+    """
+
+    def __init__(
+        self,
+        collector: Collector,
+        clock: StepClock,
+        probes: Callable[[str], tuple[Probe, ...]],
+        is_sampled: Callable[[int], bool],
+        fail: Callable[[str, Exception], None],
+        wanted: bool,
+        group: Any,
+    ) -> None:
+        self._collector, self._clock, self._probes = collector, clock, probes
+        self._is_sampled, self._fail = is_sampled, fail
+        self._wanted, self._group = wanted, group
+        self.exchanged = 0
+        self.given_up = False
+
+    def are_one(self) -> bool:
+        """Whether this process is a rank of a job that is watched as one; from the first step on at which it is known to be."""
+        collector = self._collector
+        if collector.merging is None and self._wanted and is_shared():
+            collector.finish(self._clock.step)
+            collector.merging = Merging(
+                self._probes, collector.finished, fail=self._fail, group=self._group, timeout=TIMEOUT
+            )
+            self.exchanged = self._clock.step
+        return collector.merging is not None
+
+    def exchange(self, settle: bool = False) -> None:
+        """Once a step, by every rank before its optimizer's: a place that comes behind the same exchanges of the training on all,
+        so that none waits here for one that waits there. ``settle``: no step is to come. Where a rank is gone, this one gives up.
+        """
+        step = self._clock.step
+        if self.given_up or (step == self.exchanged and not settle):
+            return
+        sampled = [over for over in range(self.exchanged, step) if self._is_sampled(over)]
+        self.exchanged = step
+        self._collector.weigh(step - 1)
+        try:
+            self._collector.exchange(sampled, step - 1 if settle else None)
+        except Exception as error:
+            self.given_up = True
+            self._fail("merging what the ranks measured; this rank watches no more", error)
