@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 
 from foreshock.config import FAMILIES
+from foreshock.cost import ACTIONS, AROUND, LOGGED, SAMPLING, SPECTRA, Costs
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.instances import Instance, Instances
 from foreshock.monitors.metrics import family
@@ -51,6 +51,7 @@ class Collector:
         sinks: Sequence[Any],
         on_alarm: Callable[[Alarm], None],
         fail: Fail,
+        costs: Costs | None = None,
     ) -> None:
         self.instances, self.store = instances, store
         self.families = {*families, "run"}
@@ -60,7 +61,7 @@ class Collector:
         self.judge = judge
         self.on_alarm, self.fail = on_alarm, fail
         self.alarms: list[Alarm] = []
-        self.seconds = 0.0
+        self.costs = Costs() if costs is None else costs
         self._samples: list[Sample] = []
         self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
@@ -89,11 +90,16 @@ class Collector:
 
     def before_optimizer(self, optimizer: Any) -> None:
         """``optimizer`` is about to make a sampled step."""
-        for monitor in self.steps:
-            self._guarded(f"monitor {type(monitor).__name__}", monitor.before, optimizer, self._sites())
+        with self.costs.of(SAMPLING), self.costs.of(AROUND):
+            for monitor in self.steps:
+                self._guarded(f"monitor {type(monitor).__name__}", monitor.before, optimizer, self._sites())
 
     def optimizer(self, step: int, optimizer: Any) -> None:
         """``optimizer`` made a sampled step: its learning rates and the norms of its gradients, still on the device."""
+        with self.costs.of(SAMPLING), self.costs.of(AROUND):
+            self._read_optimizer(step, optimizer)
+
+    def _read_optimizer(self, step: int, optimizer: Any) -> None:
         for monitor in self.steps:
             self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
         found = self._optimizer.setdefault(step, {"lr": [], "norms": []})
@@ -110,8 +116,11 @@ class Collector:
         """
         if step <= self._weighed or not self.each_step:
             return
-        start = time.perf_counter()
         self._weighed = step
+        with self.costs.of(SPECTRA):
+            self._weigh(step)
+
+    def _weigh(self, step: int) -> None:
         sites = [instance.site for instance in self.instances]
         found: list[Reading] = []
         for monitor in self.each_step:
@@ -121,7 +130,6 @@ class Collector:
             self._guarded("writing to the store", self.store.write, step, readings)
             for sink in self.sinks:
                 self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
-        self.seconds += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
         """What was weighed and not judged yet."""
@@ -137,13 +145,11 @@ class Collector:
         """Work off every step before ``upto``."""
         if not self._samples and not self._scalars:
             return
-        start = time.perf_counter()
-        try:
-            steps = sorted({s.step for s in self._samples} | {step for step, _, _ in self._scalars})
-            for step in [step for step in steps if step < upto]:
-                self._finish_step(step)
-        finally:
-            self.seconds += time.perf_counter() - start
+        sampled = {s.step for s in self._samples}
+        for step in sorted(sampled | {step for step, _, _ in self._scalars}):
+            if step < upto:
+                with self.costs.of(SAMPLING if step in sampled else LOGGED):
+                    self._finish_step(step)
 
     def _finish_step(self, step: int) -> None:
         samples = [s for s in self._samples if s.step == step]
@@ -157,11 +163,12 @@ class Collector:
         training = [s for s in samples if s.is_training()]
         self._trained.update(*(s.instances for s in training))
         if training:
-            readings += self._guarded("merging samples", self._measure, step, training) or []
-        self._guarded("writing to the store", self.store.write, step, readings)
+            self.costs.settle()
+            readings += self._charged("merging samples", self._measure, step, training) or []
+        self._charged("writing to the store", self.store.write, step, readings)
         if training:
             self._judge(step, readings)
-            self._guarded("writing to the store", self.store.flush)
+            self._charged("writing to the store", self.store.flush)
 
     def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
         readings = []
@@ -174,12 +181,12 @@ class Collector:
         sites = self._sites()
         for monitor in self.weights:
             name = type(monitor).__name__
-            readings += self._guarded(f"monitor {name}", monitor.update, step, sites) or []
+            readings += self._charged(f"monitor {name}", monitor.update, step, sites) or []
         readings = rounded(readings)
         by_id = {site.id: site for site in sites}
         for law in self.derived:
             name = type(law).__name__
-            readings += rounded(self._guarded(f"monitor {name}", law.update, step, readings, by_id) or [])
+            readings += rounded(self._charged(f"monitor {name}", law.update, step, readings, by_id) or [])
         return [reading for reading in readings if self._wanted(reading.metric)]
 
     def _finished(self, instance: Instance, quantities: Mapping[tuple[str, str], Array]) -> list[Reading]:
@@ -230,16 +237,21 @@ class Collector:
     def _judge(self, step: int, readings: Sequence[Reading]) -> None:
         sites = {instance.site.id: instance.site for instance in self.instances}
         heard, self._unjudged = [*readings, *self._unjudged.values()], {}
-        raised: list[Alarm] = self._guarded("judging", self.judge.update, step, heard, sites) or []
+        raised: list[Alarm] = self._charged("judging", self.judge.update, step, heard, sites) or []
         for sink in self.sinks:
-            self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
+            self._charged(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:
             self.alarms.append(alarm)
-            self._guarded("writing to the store", self.store.alarm, alarm)
+            self._charged("writing to the store", self.store.alarm, alarm)
             for sink in self.sinks:
-                self._guarded(f"sink {type(sink).__name__}", sink.alarm, alarm)
-        for alarm in raised:
-            self.on_alarm(alarm)
+                self._charged(f"sink {type(sink).__name__}", sink.alarm, alarm)
+        with self.costs.of(ACTIONS):
+            for alarm in raised:
+                self.on_alarm(alarm)
+
+    def _charged(self, part: str, work: Callable[..., Any], *args: Any) -> Any:
+        with self.costs.of(part):
+            return self._guarded(part, work, *args)
 
     def _guarded(self, what: str, work: Callable[..., Any], *args: Any) -> Any:
         try:
