@@ -14,8 +14,11 @@ SERIES, EVERY, BEFORE = 200, 10, 80
 
 
 def heard(ratio: int, samples: int, fault: int | None = None, shift: float = 40.0) -> list[int]:
-    """Of each series the first sample out, -1 for none. Healthy ones go as the logarithm of the step, up or down by up to 12 of the
-    least spread an e-fold; after ``BEFORE`` samples they are read ``ratio`` times as rarely, and from ``fault`` on they are shifted."""
+    """Of each series the first sample out, -1 for none.
+
+    Healthy ones go as the logarithm of the step, up or down by up to 12 of the
+    least spread an e-fold; after ``BEFORE`` samples they are read ``ratio`` times as rarely, and shifted from ``fault`` on.
+    """
     random = np.random.default_rng(0)
     slope, noise = np.linspace(-12, 12, SERIES), np.zeros(SERIES)
     test, first = Cusum(Forecast(LEAST)), np.full(SERIES, -1)
