@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 from foreshock import Watch, _torch
+from foreshock.cost import REWRITING
 from foreshock.monitors.attention_probe import ATTENTION
 from foreshock.passes import Plan, SitePlan, copy_graph, expand, instrument
 from foreshock.patterns import GraphView, find
@@ -50,7 +51,7 @@ def against_capture(layers: int, repeats: int) -> None:
         torch._dynamo.reset()
         with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
             torch.compile(model, backend=watch.backend)(input_ids=tokens, labels=tokens)
-            shares.append((capture, watch.rewriting_seconds, len(watch.coverage)))
+            shares.append((capture, watch.costs.seconds[REWRITING], len(watch.coverage)))
     capture, rewriting, sites = (statistics.median(column) for column in zip(*shares[1:], strict=True))
     print(f"{layers} layers, {sites} sites: capture {capture:.2f} s, matching and rewriting {rewriting:.3f} s")
     print(f"share: {rewriting / capture:.1%} (median of {repeats}, in turns)\n")

@@ -130,6 +130,16 @@ class Spectra:
                 load[slot] += 1
                 self._turns[name] = Turn(slot)
 
+    def spread(self, stride: int) -> None:
+        """Measure every site once in ``stride`` steps from now on. Where that is a multiple of the stride so far, a site keeps some
+        of the turns that it had, so that the windows under way have their bases."""
+        old, self.stride = self.stride, stride
+        load = [0] * stride
+        for turn in self._turns.values():
+            offered = range(turn.slot % old, stride, old) if stride % old == 0 else (turn.slot % stride,)
+            turn.slot = min(offered, key=lambda slot: (load[slot], -slot % stride))
+            load[turn.slot] += 1
+
     def _due(self, before: int, step: int, slot: int) -> tuple[bool, int | None]:
         """Whether a site is measured in the steps after ``before`` up to ``step``, and until when a snapshot is needed, if any."""
 

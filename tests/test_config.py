@@ -30,13 +30,14 @@ def test_order_of_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_variables_have_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {
         "EVERY": "3",
+        "BUDGET": "5e-3",
         "STRICT": "true",
         "MONITORS": "laws, router",
         "WINDOWS": "7,8",
         "BASELINE": "",
     }.items():
         monkeypatch.setenv(f"FORESHOCK_{name}", text)
-    expected = Settings(every=3, strict=True, monitors=("laws", "router"), windows=(7, 8))
+    expected = Settings(every=3, budget=0.005, strict=True, monitors=("laws", "router"), windows=(7, 8))
     assert load_settings(tmp_path) == expected
 
 
@@ -47,6 +48,8 @@ def test_variables_have_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("every = 0", "every must be at least 1, got 0"),
         ("steps_per_false_alarm = 0", "steps_per_false_alarm must be at least 1, got 0"),
         ('align = "token"', r"align must be one of step, tokens, got 'token' \(did you mean tokens"),
+        ("budget = 1", "budget must be a share of a step's time between 0 and 1, got 1.0"),
+        ('budget = "x"', "budget must be float"),
         ("every = true", "every must be int, got True"),
         ('every = "2"', "every must be int, got '2'"),
         ('monitors = ["lawz"]', r"monitors names 'lawz' \(did you mean laws\?\)"),

@@ -28,6 +28,7 @@ UNSURE = 4.0  # n errors are known to a share of about 1/n: the spread is raised
 MOST_ALIKE = (
     0.4  # lag-one correlation that is believed at most: a slow ramp makes errors alike too, and must stay visible
 )
+SPARSER = 1.5  # times the widest gap so far: twice in a row, no sample is missing by chance
 NORMAL = 1.4826  # a normal variable's standard deviation over its median absolute error
 
 
@@ -44,6 +45,7 @@ class Forecast:
         """Predicted value and robust spread of each series at ``step``; NaN until there is history enough."""
         self._past.grow(series)
         self._errors.grow(series)
+        self._keep_pace(step)
         steps_NS, past_NS = (x[:FIT] for x in self._past.ordered())
         time_NS = np.where(np.isfinite(past_NS), np.log(np.maximum(steps_NS, 0) + 1.0), np.nan)
         known_S = np.isfinite(past_NS).sum(0)
@@ -63,6 +65,21 @@ class Forecast:
         unsure_S = 1 + UNSURE / np.maximum(errors_S, 1)
         spread_S = np.fmax(NORMAL * median(np.abs(errors_NS)) * long_run(errors_NS) * unsure_S, self.least)
         return self._predicted, np.where((known_S >= MIN_FIT) & (errors_S >= MIN_ERRORS), spread_S, np.nan)
+
+    def _keep_pace(self, step: int) -> None:
+        """Where samples come further apart than ever, be as if they always had: with a past as sparse, and errors yet to be made.
+
+        The fit then ends more steps ago and misses more: held to the errors of before, health would look like drift.
+        """
+        steps_NS = self._past.ordered()[0]
+        gaps_NS = np.where(steps_NS[:-1] >= 0, np.diff(steps_NS, axis=0), 0)
+        now_S, last_S = step - steps_NS[-1], gaps_NS[-1]
+        spacing_S = np.minimum(now_S, last_S)
+        sparser = np.flatnonzero(spacing_S >= SPARSER * np.maximum(gaps_NS[:-1].max(0), 1))
+        sparser = sparser[self._past.count[sparser] > 2]
+        if len(sparser):
+            self._past.thin(sparser, spacing_S[sparser])
+            self._errors.clear(sparser)
 
     def learn(self, step: int, x_S: Array, calm_S: Array) -> None:
         """Append a sample; its error counts only while the series is calm."""

@@ -48,6 +48,22 @@ class Ring:
         order = (self.count[chosen] + np.arange(self.length)[:, None]) % self.length
         return self.steps[order, chosen], self.values[order, chosen]
 
+    def thin(self, columns: Array, spacing_N: Array) -> None:
+        """Of some columns keep the newest sample and, going back, each that is ``spacing_N`` steps older than the one kept last."""
+        steps, values = self.ordered(columns)
+        kept, due = np.zeros(steps.shape, dtype=bool), steps[-1]
+        for row in reversed(range(self.length)):
+            kept[row] = (steps[row] >= 0) & (steps[row] <= due)
+            due = np.where(kept[row], steps[row] - spacing_N, due)
+        order = np.argsort(kept, axis=0, kind="stable")
+        self.steps[:, columns] = np.take_along_axis(np.where(kept, steps, -1), order, 0)
+        self.values[:, columns] = np.take_along_axis(np.where(kept, values, np.nan), order, 0)
+        self.count[columns] = self.length
+
+    def clear(self, columns: Array) -> None:
+        """Forget all samples of some columns."""
+        self.values[:, columns], self.steps[:, columns], self.count[columns] = np.nan, -1, 0
+
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values.tolist(), "steps": self.steps.tolist(), "count": self.count.tolist()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from foreshock import _torch
+from foreshock.cost import REWRITING
 from foreshock.instances import Held, Instance
 from foreshock.passes import Plan, SitePlan, copy_graph, expand, instrument, untappable
 from foreshock.patterns import Findings, GraphView, Match, find
@@ -61,30 +61,30 @@ class Backend:
         return lambda gm, inputs: found(gm, inputs, **extra)
 
     def _watched(self, gm: GraphModule, inputs: list[Any], inner: Callable[..., Compiled]) -> WatchedGraph | None:
-        watch, start = self._watch, time.perf_counter()
-        copied, _ = copy_graph(gm)
-        expand(copied)
-        view = GraphView.of(copied.graph, inputs, watch.instances.name_of, _torch.root_module())
-        watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
-        findings = find(view, watch.patterns)
-        _note(watch, findings)
-        matches = _with_families(watch, findings.matches)
-        watch.note_fallbacks()
-        if watch.on_match is not None:
-            for match in matches:
-                watch.on_match(view, match)
-        training = torch.is_grad_enabled() and not any(x.is_meta for x in inputs if isinstance(x, torch.Tensor))
-        sites = [site for site in (self._site(i, match) for i, match in enumerate(matches)) if site is not None]
-        if not sites:
-            return None
-        for index, site in enumerate(sites):
-            site.index = index
-        fakes = [node.meta.get("example_value") for node in copied.graph.nodes if node.op == "placeholder"]
-        fake_mode = _torch.fake_mode_of([fake for fake in fakes if isinstance(fake, torch.Tensor)])
-        device = sites[0].match.roles[next(iter(sites[0].match.roles))].meta["example_value"].device
-        plan = Plan(copied, view, sites, fake_mode, device, watch.settings.rows, watch.settings.strict, watch.fail)
-        rewritten = instrument(plan) if training else None
-        watch.rewriting_seconds += time.perf_counter() - start
+        watch = self._watch
+        with watch.costs.of(REWRITING):
+            copied, _ = copy_graph(gm)
+            expand(copied)
+            view = GraphView.of(copied.graph, inputs, watch.instances.name_of, _torch.root_module())
+            watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
+            findings = find(view, watch.patterns)
+            _note(watch, findings)
+            matches = _with_families(watch, findings.matches)
+            watch.note_fallbacks()
+            if watch.on_match is not None:
+                for match in matches:
+                    watch.on_match(view, match)
+            training = torch.is_grad_enabled() and not any(x.is_meta for x in inputs if isinstance(x, torch.Tensor))
+            sites = [site for site in (self._site(i, match) for i, match in enumerate(matches)) if site is not None]
+            if not sites:
+                return None
+            for index, site in enumerate(sites):
+                site.index = index
+            fakes = [node.meta.get("example_value") for node in copied.graph.nodes if node.op == "placeholder"]
+            fake_mode = _torch.fake_mode_of([fake for fake in fakes if isinstance(fake, torch.Tensor)])
+            device = sites[0].match.roles[next(iter(sites[0].match.roles))].meta["example_value"].device
+            plan = Plan(copied, view, sites, fake_mode, device, watch.settings.rows, watch.settings.strict, watch.fail)
+            rewritten = instrument(plan) if training else None
         for what, error in plan.failures:
             watch.fail(what, error)
         plan.failures.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from foreshock.config import FAMILIES
+from foreshock.cost import ACTIONS, AROUND, LOGGED, SAMPLING, SPECTRA, Costs
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.instances import Instance, Instances
 from foreshock.merging import Merging
@@ -56,6 +56,7 @@ class Collector:
         sinks: Sequence[Any],
         on_alarm: Callable[[Alarm], None],
         fail: Fail,
+        costs: Costs | None = None,
     ) -> None:
         self.instances, self.store = instances, store
         self.families = {*families, "run"}
@@ -65,7 +66,7 @@ class Collector:
         self.judge = judge
         self.on_alarm, self.fail = on_alarm, fail
         self.alarms: list[Alarm] = []
-        self.seconds = 0.0
+        self.costs = Costs() if costs is None else costs
         self._samples: list[Sample] = []
         self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
@@ -97,11 +98,16 @@ class Collector:
 
     def before_optimizer(self, optimizer: Any) -> None:
         """``optimizer`` is about to make a sampled step."""
-        for monitor in self.steps:
-            self._guarded(f"monitor {type(monitor).__name__}", monitor.before, optimizer, self._sites())
+        with self.costs.of(SAMPLING), self.costs.of(AROUND):
+            for monitor in self.steps:
+                self._guarded(f"monitor {type(monitor).__name__}", monitor.before, optimizer, self._sites())
 
     def optimizer(self, step: int, optimizer: Any) -> None:
         """``optimizer`` made a sampled step: its learning rates and the norms of its gradients, still on the device."""
+        with self.costs.of(SAMPLING), self.costs.of(AROUND):
+            self._read_optimizer(step, optimizer)
+
+    def _read_optimizer(self, step: int, optimizer: Any) -> None:
         for monitor in self.steps:
             self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
         found = self._optimizer.setdefault(step, {"lr": [], "norms": [], "squares": []})
@@ -119,8 +125,11 @@ class Collector:
         """
         if step <= self._weighed or not self.each_step:
             return
-        start = time.perf_counter()
         self._weighed = step
+        with self.costs.of(SPECTRA):
+            self._weigh(step)
+
+    def _weigh(self, step: int) -> None:
         sites = [instance.site for instance in self.instances]
         found: list[Reading] = []
         for monitor in self.each_step:
@@ -133,7 +142,6 @@ class Collector:
             self._guarded("writing to the store", self.store.write, step, readings)
             for sink in self.sinks:
                 self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
-        self.seconds += time.perf_counter() - start
 
     def state_dict(self) -> dict[str, Any]:
         """What was weighed and not judged yet."""
@@ -149,13 +157,11 @@ class Collector:
         """Work off every step before ``upto``, unless all ranks do it together."""
         if self.merging is not None or not (self._samples or self._scalars):
             return
-        start = time.perf_counter()
-        try:
-            steps = sorted({s.step for s in self._samples} | {step for step, _, _ in self._scalars})
-            for step in [step for step in steps if step < upto]:
-                self._finish_step(step)
-        finally:
-            self.seconds += time.perf_counter() - start
+        sampled = {s.step for s in self._samples}
+        for step in sorted(sampled | {step for step, _, _ in self._scalars}):
+            if step < upto:
+                with self.costs.of(SAMPLING if step in sampled else LOGGED):
+                    self._finish_step(step)
 
     def exchange(self, sampled: Sequence[int], last: int | None = None) -> None:
         """Every rank, at one place of its training: hear what was merged since, and begin to merge ``sampled`` steps.
@@ -164,8 +170,7 @@ class Collector:
         the group raises when a rank is gone.
         """
         assert self.merging is not None
-        start = time.perf_counter()
-        try:
+        with self.costs.of(SAMPLING):
             self.receive()
             for step in sampled:
                 self.receive()
@@ -175,14 +180,13 @@ class Collector:
                 if last not in sampled:
                     self.merging.launch(self._local(last))
                     self.receive(judge=False)
-        finally:
-            self.seconds += time.perf_counter() - start
 
     def receive(self, judge: bool = True) -> None:
         """Wait for the flush under way, if there is one, and judge what all ranks measured."""
         if self.merging is None or not self.merging.in_flight:
             return
-        whole = self.merging.receive()
+        with self.costs.of("merging ranks"):
+            whole = self.merging.receive()
         self._ranks = whole.ranks
         for step, readings in whole.readings:
             kept = [reading for reading in rounded(readings) if self._wanted(reading.metric)]
@@ -203,8 +207,9 @@ class Collector:
                 self._loose[at, f"run/{name}", None] = np.array([number])
         sums: Merged = {}
         if samples:
-            sums = self._guarded("merging samples", _merged, samples) or {}
-            beside = self._guarded("merging samples", self._beside, step) or []
+            self.costs.settle()
+            sums = self._charged("merging samples", _merged, samples) or {}
+            beside = self._charged("merging samples", self._beside, step) or []
             self._loose |= {(step, r.metric, r.site): r.values for r in rounded(beside)}
         loose: dict[Loose, Array] = {(m, site, step - at): x for (at, m, site), x in self._loose.items() if at <= step}
         self._loose = {key: values for key, values in self._loose.items() if key[0] > step}
@@ -219,7 +224,8 @@ class Collector:
             readings += [] if number is None else rounded([Reading(f"run/{name}", None, np.array([number]))])
         training = self._samples_of(step)
         if training:
-            readings += rounded(self._guarded("merging samples", self._measure, step, training) or [])
+            self.costs.settle()
+            readings += rounded(self._charged("merging samples", self._measure, step, training) or [])
             self._conclude(step, readings, {site.id: site for site in self._sites()})
         else:
             self._write(step, readings)
@@ -240,21 +246,21 @@ class Collector:
         readings = self._optimizer_readings(step)
         for monitor in self.weights:
             name = type(monitor).__name__
-            readings += self._guarded(f"monitor {name}", monitor.update, step, self._sites()) or []
+            readings += self._charged(f"monitor {name}", monitor.update, step, self._sites()) or []
         return readings
 
     def _conclude(self, step: int, readings: list[Reading], sites: Mapping[str, Site]) -> None:
         """Derive, store and judge a step's readings."""
         for law in self.derived:
             name = type(law).__name__
-            readings += rounded(self._guarded(f"monitor {name}", law.update, step, readings, sites) or [])
+            readings += rounded(self._charged(f"monitor {name}", law.update, step, readings, sites) or [])
         readings = [reading for reading in readings if self._wanted(reading.metric)]
         self._write(step, readings)
         self._judge(step, readings, sites)
-        self._guarded("writing to the store", self.store.flush)
+        self._charged("writing to the store", self.store.flush)
 
     def _write(self, step: int, readings: Sequence[Reading]) -> None:
-        self._guarded("writing to the store", self.store.write, step, readings)
+        self._charged("writing to the store", self.store.write, step, readings)
 
     def finished(self, instance: Instance, quantities: Mapping[tuple[str, str], Array]) -> list[Reading]:
         """What each probe of the instance makes of its quantities; laws that do not hold there are left out."""
@@ -316,17 +322,22 @@ class Collector:
 
     def _judge(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> None:
         heard, self._unjudged = [*readings, *self._unjudged.values()], {}
-        raised: list[Alarm] = self._guarded("judging", self.judge.update, step, heard, sites) or []
+        raised: list[Alarm] = self._charged("judging", self.judge.update, step, heard, sites) or []
         raised = [self._placed(alarm) for alarm in raised]
         for sink in self.sinks:
-            self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
+            self._charged(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:
             self.alarms.append(alarm)
-            self._guarded("writing to the store", self.store.alarm, alarm)
+            self._charged("writing to the store", self.store.alarm, alarm)
             for sink in self.sinks:
-                self._guarded(f"sink {type(sink).__name__}", sink.alarm, alarm)
-        for alarm in raised:
-            self.on_alarm(alarm)
+                self._charged(f"sink {type(sink).__name__}", sink.alarm, alarm)
+        with self.costs.of(ACTIONS):
+            for alarm in raised:
+                self.on_alarm(alarm)
+
+    def _charged(self, part: str, work: Callable[..., Any], *args: Any) -> Any:
+        with self.costs.of(part):
+            return self._guarded(part, work, *args)
 
     def _placed(self, alarm: Alarm) -> Alarm:
         """The alarm with the rank on which its number was the worst, where that is known."""

@@ -34,11 +34,13 @@ class Settings:
 
     ``align``: compare with the baseline at the same "step", or at the same count of logged "tokens".
     ``steps_per_false_alarm``: healthy steps in which all tests together may be wrong once.
+    ``budget``: share of a step's time that watching may take; None leaves sampling at ``every``.
     ``on_alarm`` may name several actions, separated by commas; ``debounce`` is in steps.
     """
 
     run: str | None = None
     every: int = 10
+    budget: float | None = None
     inner: str = "inductor"
     monitors: tuple[str, ...] | None = None
     baseline: tuple[str, ...] = ()
@@ -102,7 +104,10 @@ def _read(text: str, kind: str) -> Any:
         return [_read(item, "int") for item in items] if "int" in kind else items
     if kind == "bool":
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
-    return int(text) if kind == "int" and text.lstrip("-").isdecimal() else text
+    try:
+        return int(text) if kind == "int" else float(text) if kind.startswith("float") else text
+    except ValueError:
+        return text
 
 
 def _merge(settings: Settings, source: str, values: Mapping[str, Any]) -> Settings:
@@ -132,6 +137,8 @@ def _fit(value: Any, kind: str) -> Any:
         item: type = int if "int" in kind else str
         listed = isinstance(value, list | tuple) and all(type(one) is item for one in value)
         return tuple(value) if listed else NotImplemented
+    if kind.startswith("float"):
+        return float(value) if type(value) in (int, float) else NotImplemented
     wanted: type = {"int": int, "bool": bool}.get(kind, str)
     return value if type(value) is wanted else NotImplemented
 
@@ -141,6 +148,8 @@ def _problem(key: str, value: Any) -> str:
         return f"must be at least 1, got {value}"
     if key == "windows" and (not value or min(value) < 1):
         return f"must be steps of at least 1, got {value!r}"
+    if key == "budget" and value is not None and not 0 < value < 1:
+        return f"must be a share of a step's time between 0 and 1, got {value}"
     if key == "debounce" and value < 0:
         return f"must be steps, at least 0, got {value}"
     several = value.split(",") if key == "on_alarm" else [value]

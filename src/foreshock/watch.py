@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -14,10 +13,12 @@ import torch
 
 from foreshock import _torch
 from foreshock.acting import Acting, OnAlarm, actions, names
+from foreshock.agreement import is_shared
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
 from foreshock.config import Settings, families, load_settings
+from foreshock.cost import SAMPLING, SPECTRA, Costs
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.masters import Masters
@@ -25,6 +26,7 @@ from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spect
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
 from foreshock.monitors.step_monitor import StepMonitor
 from foreshock.monitors.tiers import probes as built_in
+from foreshock.pace import Pace
 from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.ranks import Ranks
 from foreshock.reader import open_run
@@ -43,6 +45,7 @@ class Watch:
     Args:
         run: folder to write to; None keeps everything in memory and writes nothing.
         every: sample one optimizer step in ``every`` (1: every forward pass). Unsampled steps run the plain graph.
+        budget: share of a step's time that watching may take (0.005): sampling gets rarer until it fits (docs/cost.md).
         inner: the compiler behind foreshock: a Dynamo backend's name, or the callable itself.
         patterns: more `Pattern`s, for this watch alone.
         monitors: metric families to record (docs/families.md), by name or "default" and "all", and objects with
@@ -70,6 +73,7 @@ class Watch:
         run: str | os.PathLike[str] | None = None,
         *,
         every: int | None = None,
+        budget: float | None = None,
         inner: str | Callable[..., Any] | None = None,
         patterns: Sequence[Pattern] | None = None,
         monitors: str | Sequence[Any] | None = None,
@@ -95,6 +99,7 @@ class Watch:
         given = {
             "run": None if run is None else os.fspath(run),
             "every": every,
+            "budget": budget,
             "inner": inner if isinstance(inner, str) else None,
             "monitors": named or None,
             "baseline": None
@@ -126,19 +131,21 @@ class Watch:
         self._fallbacks = Fallbacks()
         self._finished = 0
         self._closed = False
-        self._started = time.perf_counter()
-        self.rewriting_seconds = 0.0
+        self.costs = Costs(waits=self.settings.budget is not None)
         store: Store = (
             MemoryStore() if self.settings.run is None else store_of_this_rank(self.settings.run, self.settings.merge)
         )
         healthy = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
-        stride = max(min(self.settings.windows), self.settings.every)
+        least = {SAMPLING: self.settings.every}
+        if "spectra" in self.families:
+            least[SPECTRA] = max(min(self.settings.windows), self.settings.every)
+        self.pace = Pace(least, self.settings.budget, self.costs, self._note_pace, lambda: not is_shared())
         steps = [StepMonitor(self.families)] if self.families & AROUND_STEPS else []
         self._state: dict[str, Any] = {
             "bias": BiasLaw(),
-            "spectra": Spectra(self.settings.windows, stride, self.masters.read),
+            "spectra": Spectra(self.settings.windows, least.get(SPECTRA), self.costs.settled(self.masters.read)),
             "router": RouterWeights(self.masters.read),
         }
         self.collector = Collector(
@@ -159,6 +166,7 @@ class Watch:
             sinks=[ConsoleSink(), *sinks] if is_first_rank() or not self.settings.merge else [],
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
+            costs=self.costs,
         )
         self.ranks = Ranks(
             self.collector, self.clock, self.probes_for, self.is_sampled, self.fail, self.settings.merge, group
@@ -230,13 +238,15 @@ class Watch:
             self.fail("writing to the store", error)
 
     def cost(self) -> dict[str, str]:
-        """What watching took on the host so far, beside the wall clock; the sampled steps' own extra work is not in it."""
-        wall = time.perf_counter() - self._started
-        own = {"matching and rewriting": self.rewriting_seconds, "measuring, judging, storing": self.collector.seconds}
-        shares = {name: f"{seconds:.2f} s ({seconds / wall:.1%} of the wall clock)" for name, seconds in own.items()}
+        """What watching took so far, part by part, and what that is of a step now; all in words."""
         sampled = sum(instance.sampled for instance in self.instances)
         evaluations = max(1, sum(instance.evaluations for instance in self.instances))
-        return {**shares, "sampled evaluations": f"{sampled / evaluations:.1%}", "wall clock": f"{wall:.1f} s"}
+        return {
+            **self.costs.told(),
+            **self.pace.told(),
+            "sampled evaluations": f"{sampled / evaluations:.1%}",
+            "wall clock": f"{self.costs.wall:.1f} s",
+        }
 
     def close(self) -> None:
         """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""
@@ -284,6 +294,7 @@ class Watch:
             "judge": self.collector.judge.state_dict(),
             "collector": self.collector.state_dict(),
             "acting": self.acting.state_dict(),
+            "pace": self.pace.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -295,6 +306,8 @@ class Watch:
         self.collector.judge.load_state_dict(state["judge"])
         self.collector.load_state_dict(state["collector"])
         self.acting.load_state_dict(state["acting"])
+        self.pace.load_state_dict(state.get("pace", {}))
+        self._state["spectra"].stride = self.pace.periods.get(SPECTRA, self._state["spectra"].stride)
 
     @property
     def closed(self) -> bool:
@@ -307,7 +320,7 @@ class Watch:
         return tuple(probe for (of, _), probe in self._probes.items() if of == kind)
 
     def is_sampled(self, step: int) -> bool:
-        return step % self.settings.every == 0
+        return self.pace.is_sampled(step)
 
     def begin_forward(self) -> bool:
         """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
@@ -316,6 +329,8 @@ class Watch:
         if _torch.in_backward():
             return self.is_sampled(self.clock.forward_step)
         self.clock.forward()
+        if self.pace.begin(self.clock.step) and SPECTRA in self.pace.periods:
+            self._state["spectra"].spread(self.pace.periods[SPECTRA])
         if self.clock.step != self._finished and self.ranks.are_one():
             self._finished = self.clock.step
             self.collector.weigh(self.clock.step - 1)
@@ -344,6 +359,10 @@ class Watch:
         if what not in self._reported:
             self._reported[what] = f"{what}: {type(error).__name__}: {error}"
             _log.warning("%s (training goes on)", self._reported[what])
+
+    def _note_pace(self, told: str) -> None:
+        self._reported["budget"] = told
+        _log.warning("%s", told)
 
     def _stop(self) -> None:
         self.stop_requested = True
