@@ -7,7 +7,7 @@ With ``dWq = Wq_t - Wq_base`` and ``dWk`` likewise, per head:
 
 The ``[hidden, hidden]`` products are never formed. ``Delta2 = A B^T`` with ``A = [dWq, Wq]`` and ``B = [Wk, dWk]``, and the
 eigenvalues of ``(A^T A)(B^T B)`` are its squared singular values: one Gram matrix a side, one square root and one symmetric
-eigensolve, batched over every head of every layer of one shape. Each increment is scaled to its weight's size first, so that a
+eigensolve, batched over every head of every layer of one shape. Weights and increments are scaled to norm 1 first, so that a
 relative update of 1e-5 loses no digits.
 
 Weights of float32 and below are measured in float32: their differences are exact or rounded once, so that they are right to
@@ -43,12 +43,13 @@ CANCELLED = 300.0  # a float32 sum of squares this far below its terms is asked 
 
 @dataclass(frozen=True, slots=True)
 class Increment:
-    """One side of a shape: the Gram matrix of ``[dW / size, W]``, ``[L, groups, 2h, 2h]``, 0 where it is not finite; ``size =
-    |dW| / |W|`` a head, ``[L, groups]``, NaN there; the squared norms of ``dW`` and ``W`` over all heads, ``[L]``; and how far
-    that of a head's ``dW`` is below those of its terms, ``[L, groups]``."""
+    """One side of a shape: the Gram matrix of ``[dW / |dW|, W / |W|]``, ``[L, groups, 2h, 2h]``, 0 where it is not finite;
+    ``size = |dW| / |W|`` a head, ``[L, groups]``, NaN there; ``norm = |W|``, float64 ``[L, groups]``, 1 for 0; the squared norms
+    of ``dW`` and ``W`` over all heads, ``[L]``; and how far that of a head's ``dW`` is below its terms', ``[L, groups]``."""
 
     gram: Tensor
     size: Tensor
+    norm: Tensor
     moved: Tensor
     whole: Tensor
     cancelled: Tensor
@@ -83,13 +84,14 @@ def increment(now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tupl
         change, across, whole = _gram(left), left.mT @ right, _gram(right)
         terms = _trace(change)
     moved, held = _trace(change).clamp_min(0), _trace(whole).clamp_min(0)
-    size = moved.sqrt() / _nonzero(held).sqrt()
-    unit = _nonzero(size)[..., None, None]
-    change, across = change / unit / unit, across / unit
+    shift, norm = _nonzero(moved).sqrt()[..., None, None], _nonzero(held).sqrt()[..., None, None]
+    size = moved.sqrt() / norm[..., 0, 0]
+    change, across, whole = change / shift / shift, across / shift / norm, whole / norm / norm
     gram = torch.cat([torch.cat([change, across], -1), torch.cat([across.mT, whole], -1)], -2)
     broken = ~(moved + held).isfinite()  # no entry off the diagonal is larger
     gram, size = gram.masked_fill_(broken[..., None, None], 0), size.masked_fill(broken, torch.nan)
-    return Increment(gram, size, moved.double().sum(-1), held.double().sum(-1), terms / _nonzero(moved))
+    totals = moved.double().sum(-1), held.double().sum(-1)
+    return Increment(gram, size, norm[..., 0, 0].double(), *totals, terms / _nonzero(moved))
 
 
 def _change(now: Tensor, gain: Tensor, base: Tensor, gain_before: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +140,7 @@ def statistics(
     root, factored, q_size = (_by_head(x, q_map) for x in (root, factored, q.size))
     gram_k, k_size = (_by_head(x, k_map) for x in (k.gram, k.size))
 
-    # Delta2 = size * [dWq / q_size * a, Wq * b] [Wk, dWk / k_size]^T with a = q_size / size, b = k_size / size.
+    # With weights of norm 1, Delta2 = size * [dWq / q_size * a, Wq * b] [Wk, dWk / k_size]^T, a = q_size / size, b = k_size / size.
     size = torch.maximum(q_size, k_size)
     weight = torch.stack([q_size, k_size], -1) / _nonzero(size)[..., None]
     weight = weight.nan_to_num(0)[..., None].expand(*size.shape, 2, h).flatten(-2)
@@ -150,8 +152,9 @@ def statistics(
     solved = torch.linalg.eigvalsh(torch.cat(small)).split([len(x) for x in small])
     both, own_q, own_k = (torch.nn.functional.pad(x, (h, 0)).unflatten(0, (len(size), -1)) for x in solved)
     squares = [torch.linalg.eigvalsh(delta2), both, _by_head(own_q, q_map), _by_head(own_k, k_map)]
-    scales = [size, q_size * k_size, q_size, k_size]
-    told = _summarise(*(torch.stack(x).double() for x in (squares, scales)))
+    q_norm, k_norm = _by_head(q.norm, q_map), _by_head(k.norm, k_map)
+    scales = [size * q_norm * k_norm, q_size * q_norm * (k_size * k_norm), q_size * q_norm, k_size * k_norm]
+    told = _summarise(torch.stack(squares).double(), torch.stack(scales))
     # Heads whose products are far below what their factors could make: the Gram matrices' rounding is relative to that.
     entries, on = _by_head(q.gram.square(), q_map), weight.square()[..., None]
     terms2 = (on.mT @ entries @ on)[..., 0, 0].sqrt() * _size(gram_k)

@@ -122,6 +122,20 @@ def test_what_is_left_of_what_cancels_has_its_digits(within: bool, left: float, 
         np.testing.assert_allclose(found[name], wanted[name], rtol=bound, err_msg=name)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e-10, 1e10, 1e15, 1e25])
+def test_weights_far_from_one_are_measured_as_any(scale: float) -> None:
+    """Products of two Gram matrices have the fourth power of it; at the last, even squares are beyond float32."""
+    projection, spectra = separate(), Spectra(windows=(10,))
+    for p in projection.parameters:
+        p.data *= scale
+    spectra.update(0, [projection.site])
+    base = projection.factors()
+    move(projection.parameters, 1e-3, seed=6)
+    found, wanted = measured(spectra, projection, 10), expected(projection, base)
+    for name in MATRICES:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=BOUNDS[torch.float32], err_msg=name)
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_products_that_would_be_cut_short_are_taken_in_float64(precision: str) -> None:
     projection, spectra = separate(), Spectra(windows=(10,))
