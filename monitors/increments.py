@@ -163,9 +163,9 @@ def statistics(
     for side, heads in ((q, q_map), (k, k_map)):
         sure = sure & (_by_head(side.cancelled, heads) <= CANCELLED)
     ratio = ((q.moved + k.moved) / (q.whole + k.whole)).sqrt()[:, None].expand(size.shape) / max(age, 1)
-    told = torch.cat([told.flatten(0, 1), torch.stack([ratio, sure.double()])]).cpu().numpy()  # one copy to the host
+    rows = torch.cat([told.flatten(0, 1), torch.stack([ratio, sure.double()])]).cpu().numpy()  # one copy to the host
     names = [f"attention/{matrix}_{statistic}" for statistic in STATISTICS for matrix in MATRICES]
-    return dict(zip(names, told[:-2], strict=True)) | {UPDATE_RATIO: told[-2, :, :1]}, told[-1] > 0
+    return dict(zip(names, rows[:-2], strict=True)) | {UPDATE_RATIO: rows[-2, :, :1]}, rows[-1] > 0
 
 
 def _summarise(squares: Tensor, scale: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _gram(x: Tensor) -> Tensor:
 
 
 def _size(x: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(x)
+    return x.square().sum((-2, -1)).sqrt()
 
 
 def _nonzero(x: Tensor) -> Tensor:

@@ -228,27 +228,34 @@ def _by_shape(
         groups.setdefault((_shapes(now[name]), maps, inner, kind, matrices[0].device), []).append(name)
     measured = []
     for (shapes, maps, inner, kind, _), names in groups.items():
-
-        def measure(
-            part: list[str], kind: torch.dtype, maps: Any = maps, inner: Any = inner
-        ) -> tuple[dict[str, Array], Array]:
-            sides = (
-                increment(*(_stacked([getattr(of[n], role) for n in part], kind) for of in (now, base)), within)
-                for role, within in zip(("q", "k"), inner, strict=True)
-            )
-            return statistics(*sides, *maps, age)
-
         at_once = max(1, MOST_NUMBERS // (2 * sum(shape.numel() for shape in shapes)))
         for start in range(0, len(names), at_once):
             part = names[start : start + at_once]
-            values, sure = measure(part, kind)
+            values, sure = _together(part, now, base, kind, inner, maps, age)
             again = np.flatnonzero(~sure.all(1)) if kind != torch.float64 else ()
             if len(again):
-                exact, _ = measure([part[row] for row in again], torch.float64)
+                exact, _ = _together([part[row] for row in again], now, base, torch.float64, inner, maps, age)
                 for metric, rows in values.items():
                     rows[again] = exact[metric]
             measured.append((part, values))
     return measured
+
+
+def _together(
+    names: Sequence[str],
+    now: Mapping[str, Factors],
+    base: Mapping[str, Factors],
+    kind: torch.dtype,
+    inner: Sequence[Sequence[tuple[int, ...]]],
+    maps: Sequence[tuple[int, ...]],
+    age: int,
+) -> tuple[dict[str, Array], Array]:
+    """Sites of one shape in one precision, as `statistics` says."""
+    q_now, q_base, k_now, k_base = (
+        _stacked([getattr(taken[name], role) for name in names], kind) for role in ("q", "k") for taken in (now, base)
+    )
+    q_side, k_side = increment(q_now, q_base, inner[0]), increment(k_now, k_base, inner[1])
+    return statistics(q_side, k_side, maps[0], maps[1], age)
 
 
 def _stacked(sides: Sequence[Side], kind: torch.dtype) -> list[Tensor]:
