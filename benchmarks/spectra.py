@@ -1,11 +1,13 @@
 """What the weight spectra cost: of one layer against straightforward ways, and a step in turn against all at once.
 
-    python benchmarks/spectra.py [--quick] [--json FOLDER]
+    python benchmarks/spectra.py [--quick] [--wide] [--json FOLDER]
 
 The first table measures all heads of one layer, Delta2 and Delta3 (and dWq and dWk, which the others leave out), from float32
-weights in float64: as foreshock does, from Gram matrices; straightforwardly, from thin QRs of the factors and the eigenvalues of
-the core's Gram matrix; and by a dense SVD of one head, times the heads. The error is the largest relative one of norm and
-effective rank against the dense SVD, beyond a width of 1024 against the QRs. Processor seconds, the least of three; one thread.
+weights: as foreshock does, from Gram matrices; straightforwardly, from thin QRs of the factors and the eigenvalues of the core's
+Gram matrix, in float64, in float32, and without forming Q (R alone, in the faster of both); and by a dense SVD of one head in
+float64, times the heads. The share is that of the faster straightforward way of those that reach the accuracy asked. Errors are
+the largest relative ones of norm and effective rank of the first head against the dense SVD, beyond a width of 1024 against the
+QRs in float64. Processor seconds, the least of five (of one where a run is long); one thread.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ DENSE = 1024  # the widest matrix that is decomposed densely
 Found = Mapping[str, Tensor]  # squared singular values [H, n] of each matrix
 
 
-def straightforward(now: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor]) -> Found:
-    """Thin QRs of both factors of each product, ``[H, d, h]`` float64."""
+def straightforward(now: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor], mode: str = "reduced") -> Found:
+    """Thin QRs of both factors of each product, ``[H, d, h]``; with ``mode`` "r" the orthogonal factors are not formed."""
     (wq, wk), (dq, dk) = base, (a - b for a, b in zip(now, base, strict=True))
 
     def squares(a: Tensor, b: Tensor) -> Tensor:
-        core = torch.linalg.qr(a)[1] @ torch.linalg.qr(b)[1].mT
+        core = torch.linalg.qr(a, mode)[1] @ torch.linalg.qr(b, mode)[1].mT
         return torch.linalg.eigvalsh(core.mT @ core)
 
     return {"delta2": squares(torch.cat([dq, wq], -1), torch.cat([wk, dk], -1)), "delta3": squares(dq, dk)}
@@ -56,7 +58,7 @@ def summary(found: Found) -> dict[str, float]:
     """Norm and effective rank of the first head."""
     told = {}
     for name, squares in found.items():
-        of = squares[0].clamp_min(0)
+        of = squares[0].double().clamp_min(0)
         told[f"{name}_norm"] = float(of.sum().sqrt())
         told[f"{name}_effective_rank"] = float(torch.special.entr(of / of.sum()).sum().exp())
     return told
@@ -67,10 +69,10 @@ def ours(now: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor]) -> dict[str, A
     gains = [torch.ones(x.shape[0], x.shape[2], dtype=torch.float64)[None] for x in now]
     own = tuple(range(now[0].shape[0]))
     sides = [increment([a[None], g], [b[None], g], [own]) for a, b, g in zip(now, base, gains, strict=True)]
-    return statistics(*sides, own, own, 10)
+    return statistics(*sides, own, own, 10)[0]
 
 
-def least(work: Callable[[], Any], times: int = 3) -> tuple[float, Any]:
+def least(work: Callable[[], Any], times: int = 5) -> tuple[float, Any]:
     taken = []
     for _ in range(times):
         start = time.process_time()
@@ -81,39 +83,57 @@ def least(work: Callable[[], Any], times: int = 3) -> tuple[float, Any]:
 
 def layers(console: Console, widths: list[int], dims: list[int]) -> list[dict[str, float]]:
     """The table of one layer."""
-    table = Table(
-        "d", "h", "heads", "ours ms", "QR ms", "share", "SVD ms", "error", "QR's", title="one layer, all heads"
+    columns = (
+        "d",
+        "h",
+        "heads",
+        "ours ms",
+        "error",
+        "QR f64",
+        "QR f32",
+        "its error",
+        "R alone",
+        "SVD",
+        "share",
+        "of R",
     )
-    rows = []
+    table, rows = Table(*columns, title="one layer, all heads"), []
     for width in widths:
         for dim in dims:
             random, heads = torch.Generator().manual_seed(0), max(1, width // dim)
-            base = tuple(torch.randn(heads, width, dim, generator=random).double() / width**0.5 for _ in "qk")
-            now = tuple((w + 1e-3 * torch.randn(w.shape, generator=random) / width**0.5).float().double() for w in base)
-            base = tuple(w.float().double() for w in base)
-            mine, found = least(lambda now=now, base=base: ours(now, base))
-            theirs, straight = least(lambda now=now, base=base: straightforward(now, base), 1 if width > DENSE else 3)
-            row = {"d": width, "h": dim, "heads": heads, "ours": mine, "qr": theirs, "share": mine / theirs}
-            straight_found = summary(straight)
-            reference = straight_found
+            base = tuple((torch.randn(heads, dim, width, generator=random) / width**0.5).mT for _ in "qk")
+            now = tuple(w + 1e-3 * torch.randn(heads, dim, width, generator=random).mT / width**0.5 for w in base)
+            wide = tuple(tuple(w.double() for w in of) for of in (now, base))
+            times = 5 if width <= DENSE else 1
+            row: dict[str, float] = {"d": width, "h": dim, "heads": heads}
+            row["ours"], told = least(lambda now=now, base=base: ours(now, base))
+            row["qr64"], exact = least(lambda wide=wide: straightforward(*wide), times)
+            row["qr32"], single = least(lambda now=now, base=base: straightforward(now, base), times)
+            reference, found = summary(exact), summary(single)
             if width <= DENSE:
-                taken, exact = least(lambda now=now, base=base: dense(now, base), 1)
+                taken, exact = least(lambda wide=wide: dense(*wide), 1)
                 row["svd"], reference = taken * heads, summary(exact)
-            own = {name: float(found[f"attention/{name}"][0, 0]) for name in reference}
-            row["error"], row["qr error"] = (
-                max(abs(of[name] / reference[name] - 1) for name in reference) for of in (own, straight_found)
+            own = {name: float(told[f"attention/{name}"][0, 0]) for name in reference}
+            row["error"], row["error32"] = (
+                max(abs(of[name] / reference[name] - 1) for name in reference) for of in (own, found)
             )
+            narrow = row["error32"] <= ALIKE and row["qr32"] < row["qr64"]
+            faster = (now, base) if narrow else wide
+            row["r"], _ = least(lambda of=faster: straightforward(*of, "r"), times)
+            row["share"] = row["ours"] / (row["qr32"] if narrow else row["qr64"])
+            row["share of r"] = row["ours"] / row["r"]
             rows.append(row)
-            svd = f"{1e3 * row['svd']:.0f}" if "svd" in row else ""
             missed = "" if width < 1024 or (row["share"] <= SHARE and row["error"] <= ALIKE) else " MISSED"
             table.add_row(
                 *(str(x) for x in (width, dim, heads)),
-                f"{1e3 * mine:.1f}",
-                f"{1e3 * theirs:.1f}",
-                f"{row['share']:.2f}{missed}",
-                svd,
+                f"{1e3 * row['ours']:.1f}",
                 f"{row['error']:.0e}",
-                f"{row['qr error']:.0e}" if "svd" in row else "",
+                *(f"{1e3 * row[name]:.0f}" for name in ("qr64", "qr32")),
+                f"{row['error32']:.0e}",
+                f"{1e3 * row['r']:.0f}",
+                f"{1e3 * row['svd']:.0f}" if "svd" in row else "",
+                f"{row['share']:.2f}{missed}",
+                f"{row['share of r']:.2f}",
             )
     console.print(table)
     console.print(f"target from d = 1024 on: share <= {SHARE} at an error <= {ALIKE}")
@@ -148,12 +168,13 @@ def seconds(layers: int, width: int, heads: int, every: int) -> tuple[np.ndarray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="widths up to 1024, four layers")
+    parser.add_argument("--wide", action="store_true", help="a width of 4096 as well")
     parser.add_argument("--json", metavar="FOLDER")
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=120)
     console.print(" ".join(f"{key} {value}" for key, value in where().items()))
-    widths = [256, 512, 1024] if options.quick else [256, 512, 1024, 2048, 4096]
+    widths = [256, 512, 1024] if options.quick else [256, 512, 1024, 2048] + [4096] * options.wide
     found = layers(console, widths, [64] if options.quick else [32, 64, 128])
     number, width, heads = 4 if options.quick else 16, 512, 8
     weights, turns = 2 * number * width * width, {}

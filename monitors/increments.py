@@ -6,81 +6,111 @@ With ``dWq = Wq_t - Wq_base`` and ``dWk`` likewise, per head:
     Delta3 = dWq dWk^T                second order; Delta2 + Delta3 is the whole change of Wq Wk^T
 
 The ``[hidden, hidden]`` products are never formed. ``Delta2 = A B^T`` with ``A = [dWq, Wq]`` and ``B = [Wk, dWk]``, and the
-eigenvalues of ``(A^T A)(B^T B)`` are its squared singular values: one float64 Gram matrix a side, one square root and one
-symmetric eigensolve, batched over every head of every layer of one shape. Each increment is scaled to its weight's size
-first, so that a relative update of 1e-5 loses no digits.
+eigenvalues of ``(A^T A)(B^T B)`` are its squared singular values: one Gram matrix a side, one square root and one symmetric
+eigensolve, batched over every head of every layer of one shape. Weights and increments are scaled to norm 1 first, so that a
+relative update of 1e-5 loses no digits.
+
+Weights of float32 and below are measured in float32: their differences are exact or rounded once, so that they are right to
+seven digits however small. Where a sum is much less than its terms that is not enough; `statistics` says where, and the caller
+asks again in float64.
 
 Of a low-rank chain ``W = I O`` (latent attention) the product is not formed either: ``[dW, W] = [dI, I] C`` with
 ``C = [[O', 0], [dO, O]]``, ``O'`` the matrix now, so that ``C^T [dI, I]^T [dI, I] C`` is its Gram matrix, and no increment is a
-difference of products. Gains are kept beside the matrices and multiplied in float64, for the same reason.
+difference of products. Gains are kept beside the matrices in float64, and their difference is taken there, for the same reason.
 
 A head whose weights are not finite has NaN for every statistic that they enter, and the heads beside it have their numbers.
 
-Shapes: L layers of one shape, H heads, d hidden, h head dim.
+Shapes: L layers of one shape, H heads, d hidden, h head dim, r latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from foreshock.monitors.metrics import STATISTICS
+from foreshock.records import Array
 
 UPDATE_RATIO = "optim/update_ratio"
-CHOLESKY_SHIFT = (
-    1e-14  # relative; a Gram matrix of rank below its size (small updates) still factors, and s^2 moves by 1e-14
-)
+MATRICES = ("delta2", "delta3", "dwq", "dwk")
+# Relative; a Gram matrix of rank below its size (small updates) still factors, and s^2 moves by as much.
+CHOLESKY_SHIFT = {torch.float32: 2e-6, torch.float64: 1e-14}
+CANCELLED = 300.0  # a float32 sum of squares this far below its terms is asked again; errors stay below 2e-4
 
 
 @dataclass(frozen=True, slots=True)
 class Increment:
-    """One side of a shape: the Gram matrix of ``[dW / size, W]``, ``[L, groups, 2h, 2h]``; ``size = |dW| / |W|`` a head,
-    ``[L, groups]``; and the squared norms of ``dW`` and ``W`` over all heads, ``[L]``."""
+    """One side of a shape: the Gram matrix of ``[dW / |dW|, W / |W|]``, ``[L, groups, 2h, 2h]``, 0 where it is not finite;
+    ``size = |dW| / |W|`` a head, ``[L, groups]``, NaN there; ``norm = |W|``, float64 ``[L, groups]``, 1 for 0; the squared norms
+    of ``dW`` and ``W`` over all heads, ``[L]``; and how far that of a head's ``dW`` is below its terms', ``[L, groups]``."""
 
     gram: Tensor
     size: Tensor
+    norm: Tensor
     moved: Tensor
     whole: Tensor
+    cancelled: Tensor
+
+
+def precision(dtypes: Iterable[torch.dtype], stages: int) -> torch.dtype:
+    """In which weights of these dtypes are measured, chains of ``stages`` matrices at most.
+
+    Of longer chains it is not known what cancels within the inner ones, and products in float32 must not be cut to TF32.
+    """
+    try:
+        whole = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # it was set for some backend only
+        whole = False
+    return torch.float32 if whole and stages <= 2 and torch.float64 not in dtypes else torch.float64
 
 
 @torch.no_grad()
 def increment(now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tuple[int, ...]]) -> Increment:
-    """From the stages of one side, float64 ``[L, groups, inputs, channels]`` and their gains ``[L, groups, channels]``."""
-    (new, *inner_new), (old, *inner_old) = (
-        [_scaled(matrix, gain) for matrix, gain in zip(of[::2], of[1::2], strict=True)] for of in (now, base)
-    )
-    left, right = new - old, old
-    met_left, met_right = left, right
-    if inner_new:
-        metric = _gram(_met(torch.cat(_change_of_product(inner_new, inner_old, maps[1:]), -1), maps[0]))
-        left, right = torch.cat([new, left], -2), torch.cat([torch.zeros_like(old), old], -2)
-        met_left, met_right = metric @ left, metric @ right
+    """From the stages of one side, ``[L, groups, inputs, channels]`` in the dtype to measure in, and their gains, float64
+    ``[L, groups, channels]``."""
+    (left, right), *inner = (_change(*of) for of in zip(now[::2], now[1::2], base[::2], base[1::2], strict=True))
     # The blocks of the Gram matrix, each product once: half of it is the other half's transpose.
-    change, across, whole = left.mT @ met_left, left.mT @ met_right, right.mT @ met_right
-    moved, held = (x.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(0) for x in (change, whole))
-    size = moved.sqrt() / _nonzero(held).sqrt()
-    unit = _nonzero(size)[..., None, None]
-    change, across = change / unit.square(), across / unit
+    if inner:
+        metric, r = _gram(_met(torch.cat(_change_of_product(inner, maps[1:]), -1), maps[0])), right.shape[-2]
+        after = left + right
+        by_inner, by_outer, met = metric[..., :r] @ after, metric[..., r:] @ left, metric[..., r:] @ right
+        terms = (after * by_inner[..., :r, :]).sum((-2, -1)) + (left * by_outer[..., r:, :]).sum((-2, -1))
+        left = torch.cat([after, left], -2)
+        change, across, whole = left.mT @ (by_inner + by_outer), left.mT @ met, right.mT @ met[..., r:, :]
+    else:
+        change, across, whole = _gram(left), left.mT @ right, _gram(right)
+        terms = _trace(change)
+    moved, held = _trace(change).clamp_min(0), _trace(whole).clamp_min(0)
+    shift, norm = _nonzero(moved).sqrt()[..., None, None], _nonzero(held).sqrt()[..., None, None]
+    size = moved.sqrt() / norm[..., 0, 0]
+    change, across, whole = change / shift / shift, across / shift / norm, whole / norm / norm
     gram = torch.cat([torch.cat([change, across], -1), torch.cat([across.mT, whole], -1)], -2)
-    return Increment(gram, size, moved.sum(-1), held.sum(-1))
+    broken = ~(moved + held).isfinite()  # no entry off the diagonal is larger
+    gram, size = gram.masked_fill_(broken[..., None, None], 0), size.masked_fill(broken, torch.nan)
+    totals = moved.double().sum(-1), held.double().sum(-1)
+    return Increment(gram, size, norm[..., 0, 0].double(), *totals, terms / _nonzero(moved))
 
 
-def _scaled(matrix: Tensor, gain: Tensor) -> Tensor:
-    return matrix if bool((gain == 1).all()) else matrix * gain[:, :, None]
+def _change(now: Tensor, gain: Tensor, base: Tensor, gain_before: Tensor) -> tuple[Tensor, Tensor]:
+    """How one stage's matrix times its gain changed, and what it was."""
+    if bool((gain == 1).all()) and bool((gain_before == 1).all()):
+        return now - base, base
+    gain, grown, before = (x.to(now.dtype)[:, :, None] for x in (gain, gain - gain_before, gain_before))
+    return (now - base) * gain + base * grown, base * before
 
 
 def _change_of_product(
-    now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tuple[int, ...]]
+    stages: Sequence[tuple[Tensor, Tensor]], maps: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor]:
-    """Of the product of a chain's matrices, the last one first: how it changed, and what it was."""
-    if len(now) == 1:
-        return now[0] - base[0], base[0]
-    change, whole = (_met(x, maps[0]) for x in _change_of_product(now[1:], base[1:], maps[1:]))
-    return change @ now[0] + whole @ (now[0] - base[0]), whole @ base[0]
+    """Of the product of a chain's matrices, the last one first, each as `_change` gives it: the same."""
+    (left, right), *inner = stages
+    if not inner:
+        return left, right
+    change, whole = (_met(x, maps[0]) for x in _change_of_product(inner, maps[1:]))
+    return change @ (left + right) + whole @ left, whole @ right
 
 
 def _met(x: Tensor, head_map: Sequence[int]) -> Tensor:
@@ -96,89 +126,90 @@ def _by_head(x: Tensor, head_map: Sequence[int]) -> Tensor:
 
 
 @torch.no_grad()
-def statistics(q: Increment, k: Increment, q_map: Sequence[int], k_map: Sequence[int], age: int) -> dict[str, Any]:
+def statistics(
+    q: Increment, k: Increment, q_map: Sequence[int], k_map: Sequence[int], age: int
+) -> tuple[dict[str, Array], Array]:
     """Norm, stable rank, entropy and effective rank of Delta2, Delta3, dWq and dWk, each float64 ``[L, H]``.
 
     ``q_map`` and ``k_map`` give each head's group. ``optim/update_ratio`` (``[L, 1]``) is the relative change of both weights a
-    step.
+    step. And of which heads all this is as exact as the dtype is, bool ``[L, H]``: of the others, so much cancels, or rounding
+    left so little of a square root, that float32 has too few digits.
     """
-    ratio = ((q.moved + k.moved) / (q.whole + k.whole)).sqrt() / max(age, 1)
     h = q.gram.shape[-1] // 2
-    gram_q, q_size = (_by_head(x, q_map) for x in (q.gram, q.size))
+    root, factored = _root(q.gram)
+    root, factored, q_size = (_by_head(x, q_map) for x in (root, factored, q.size))
     gram_k, k_size = (_by_head(x, k_map) for x in (k.gram, k.size))
-    dq_gram, dk_gram = gram_q[..., :h, :h], gram_k[..., :h, :h]
 
-    # Delta2 = size * [dWq / q_size * a, Wq * b] [Wk, dWk / k_size]^T with a = q_size / size, b = k_size / size.
+    # With weights of norm 1, Delta2 = size * [dWq / q_size * a, Wq * b] [Wk, dWk / k_size]^T, a = q_size / size, b = k_size / size.
     size = torch.maximum(q_size, k_size)
-    a, b = q_size / _nonzero(size), k_size / _nonzero(size)
-    weight = torch.cat([a[..., None].expand(*a.shape, h), b[..., None].expand(*b.shape, h)], -1)
-    weighted = (gram_q * weight[..., None]).mul_(weight[..., None, :])
+    weight = torch.stack([q_size, k_size], -1) / _nonzero(size)[..., None]
+    weight = weight.nan_to_num(0)[..., None].expand(*size.shape, 2, h).flatten(-2)
+    meets = (root * weight[..., None]).roll(h, -2)  # [Wq, dWq], as it meets [dWk, Wk]
+    of_dq = root[..., :h, :h]
+    delta2, delta3 = meets.mT @ gram_k @ meets, of_dq.mT @ gram_k[..., :h, :h] @ of_dq
     # What a weight alone is asked is asked once for all heads that read it.
-    own_q, own_k = (_eigenvalues(side.gram[..., :h, :h]) for side in (q, k))
-    spectra = {
-        "delta2": (_squared_singular(weighted, gram_k.roll((h, h), (-2, -1))), size),  # B = [Wk, dWk]
-        "delta3": (_squared_singular(dq_gram, dk_gram), q_size * k_size),
-        "dwq": (_by_head(own_q, q_map), q_size),
-        "dwk": (_by_head(own_k, k_map), k_size),
-    }
-    values: dict[str, Any] = {UPDATE_RATIO: ratio[:, None].cpu().numpy()}
-    for matrix, (squares, scale) in spectra.items():
-        for statistic, value in zip(STATISTICS, _summarise(squares, scale), strict=True):
-            values[f"attention/{matrix}_{statistic}"] = value.cpu().numpy()
-    return values
+    small = [x.flatten(0, 1) for x in (delta3, q.gram[..., :h, :h], k.gram[..., :h, :h])]
+    solved = torch.linalg.eigvalsh(torch.cat(small)).split([len(x) for x in small])
+    both, own_q, own_k = (torch.nn.functional.pad(x, (h, 0)).unflatten(0, (len(size), -1)) for x in solved)
+    squares = [torch.linalg.eigvalsh(delta2), both, _by_head(own_q, q_map), _by_head(own_k, k_map)]
+    q_norm, k_norm = _by_head(q.norm, q_map), _by_head(k.norm, k_map)
+    scales = [size * q_norm * k_norm, q_size * q_norm * (k_size * k_norm), q_size * q_norm, k_size * k_norm]
+    told = _summarise(torch.stack(squares).double(), torch.stack(scales))
+    # Heads whose products are far below what their factors could make: the Gram matrices' rounding is relative to that.
+    entries, on = _by_head(q.gram.square(), q_map), weight.square()[..., None]
+    terms2 = (on.mT @ entries @ on)[..., 0, 0].sqrt() * _size(gram_k)
+    terms3 = entries[..., :h, :h].sum((-2, -1)).sqrt() * _size(gram_k[..., :h, :h])
+    sure = factored & (_trace(delta2) * CANCELLED >= terms2) & (_trace(delta3) * CANCELLED >= terms3)
+    for side, heads in ((q, q_map), (k, k_map)):
+        sure = sure & (_by_head(side.cancelled, heads) <= CANCELLED)
+    ratio = ((q.moved + k.moved) / (q.whole + k.whole)).sqrt()[:, None].expand(size.shape) / max(age, 1)
+    rows = torch.cat([told.flatten(0, 1), torch.stack([ratio, sure.double()])]).cpu().numpy()  # one copy to the host
+    names = [f"attention/{matrix}_{statistic}" for statistic in STATISTICS for matrix in MATRICES]
+    return dict(zip(names, rows[:-2], strict=True)) | {UPDATE_RATIO: rows[-2, :, :1]}, rows[-1] > 0
 
 
-def _summarise(squares: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From squared singular values ``[L, H, n]`` over a common scale: norm, stable rank, entropy, effective rank ``[L, H]``.
+def _summarise(squares: Tensor, scale: Tensor) -> Tensor:
+    """From squared singular values ``[..., n]`` over a common scale: norm, stable rank, entropy, effective rank ``[4, ...]``.
 
     A zero matrix has norm 0; its ranks and entropy are not available (NaN), nor is anything of a matrix that is not finite.
     """
     squares = squares.clamp_min(0)
     total, top = squares.sum(-1), squares.amax(-1)
-    p = squares / total[..., None]
-    entropy = torch.special.entr(p).sum(-1)
-    absent = (total * scale.square()) == 0
-    stable, entropy, effective = (x.masked_fill(absent, torch.nan) for x in (total / top, entropy, entropy.exp()))
-    return total.sqrt() * scale, stable, entropy, effective
+    entropy = torch.special.entr(squares / total[..., None]).sum(-1)
+    present = total * scale.square() > 0
+    ranks = torch.stack([total / top, entropy, entropy.exp()]).masked_fill(~present, torch.nan)
+    return torch.cat([(total.sqrt() * scale)[None], ranks])
 
 
-def _squared_singular(gram_a: Tensor, gram_b: Tensor) -> Tensor:
-    """Squared singular values of ``A B^T`` from ``A^T A`` and ``B^T B``."""
-    root = _root(gram_a)
-    return _eigenvalues(root.mT @ gram_b @ root)
+def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower triangular ``R`` with ``R R^T = gram``, ``[..., n, n]``, and whether it is exact, ``[...]``.
 
-
-def _root(gram: Tensor) -> Tensor:
-    """``R`` with ``R R^T = gram``: Cholesky's factor, or that of the eigenvectors where rounding left a negative pivot.
-
-    A matrix that is not finite has NaN, a zero one zero.
+    Cholesky's factor is wrong without a word where rounding left a negative pivot. There the root is 0 in float32, and in float64
+    that of the eigenvectors. That of zero is zero.
     """
-    finite = _finite(gram)
-    gram = torch.where(finite, gram, 0.0)
-    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     shifted = gram.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(CHOLESKY_SHIFT * mean_diagonal)
+    shifted.diagonal(dim1=-2, dim2=-1).add_(CHOLESKY_SHIFT[gram.dtype] * mean[..., None])
     root, failed = torch.linalg.cholesky_ex(shifted)
-    if bool(failed.any()):
-        values, vectors = torch.linalg.eigh(gram[failed > 0])
-        root[failed > 0] = vectors * values.clamp_min(0).sqrt()[..., None, :]
-    return torch.where(finite, root, torch.nan)
+    exact = (failed == 0) | (mean == 0)
+    if gram.dtype == torch.float64 and not bool(exact.all()):
+        values, vectors = torch.linalg.eigh(gram[~exact])
+        found = vectors * values.clamp_min(0).sqrt()[..., None, :]
+        root[~exact] = torch.linalg.qr(found.mT, mode="r")[1].mT
+        exact = torch.ones_like(exact)
+    return root.masked_fill_(~(exact & (mean > 0))[..., None, None], 0), exact
 
 
-def _eigenvalues(symmetric: Tensor) -> Tensor:
-    """Of each matrix, ascending; NaN where one is not finite, for which LAPACK would refuse the whole batch."""
-    finite = _finite(symmetric)
-    values: Tensor = torch.linalg.eigvalsh(torch.where(finite, symmetric, 0.0))
-    return torch.where(finite[..., 0], values, torch.nan)
-
-
-def _finite(x: Tensor) -> Tensor:
-    """``[..., 1, 1]``: whether a matrix is; one entry that is not makes the sum so."""
-    return x.sum((-2, -1), keepdim=True).isfinite()
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
 def _gram(x: Tensor) -> Tensor:
     return x.mT @ x
+
+
+def _size(x: Tensor) -> Tensor:
+    return x.square().sum((-2, -1)).sqrt()
 
 
 def _nonzero(x: Tensor) -> Tensor:

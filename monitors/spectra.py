@@ -15,15 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from foreshock.monitors.increments import UPDATE_RATIO, increment, statistics
+from foreshock.monitors.increments import UPDATE_RATIO, increment, precision, statistics
 from foreshock.records import Array, Read, Reading, Site, WeightView, as_it_is
 
 __all__ = ["UPDATE_RATIO", "Spectra"]
 
-MOST_NUMBERS = 2**26  # in float64 at a time: layers of one shape are measured together up to half a gigabyte
+MOST_NUMBERS = 2**26  # at a time: layers of one shape are measured together up to half a gigabyte in float64
 KEPT_AS_THEY_ARE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Of each stage its matrix [heads, inputs, channels], in the precision it was read in, and its gain [heads, channels], float64.
@@ -208,7 +209,7 @@ def _factors(views: Pair, read: Read) -> Factors:
         for matrix, gain in view.matrices(read):
             kind = matrix.dtype if matrix.dtype in KEPT_AS_THEY_ARE else torch.float32
             ones = torch.ones(matrix.shape[0], matrix.shape[2], dtype=torch.float64, device=matrix.device)
-            found += [matrix.to(kind, copy=True).contiguous(), ones if gain is None else gain]
+            found += [matrix.to(kind), ones if gain is None else gain]
         sides.append(tuple(found))
     precision = ",".join(str(read(x).dtype) for view in views for x in view.held() or ())
     return Factors(sides[0], sides[1], precision)
@@ -232,28 +233,44 @@ def _by_shape(
         heads = max(len(q.head_map), len(k.head_map))
         inner = tuple(tuple(stage.head_map for stage in view.stages[1:]) for view in (q, k))
         maps = (q.read_by(heads), k.read_by(heads))
-        groups.setdefault((_shapes(now[name]), *maps, inner, now[name].q[0].device), []).append(name)
+        matrices = [x for side in (now[name].q, now[name].k) for x in side[::2]]
+        kind = precision([x.dtype for x in matrices], 1 + max(map(len, inner)))
+        groups.setdefault((_shapes(now[name]), maps, inner, kind, matrices[0].device), []).append(name)
     measured = []
-    for (shapes, q_map, k_map, (q_inner, k_inner), device), names in groups.items():
+    for (shapes, maps, inner, kind, _), names in groups.items():
         at_once = max(1, MOST_NUMBERS // (2 * sum(shape.numel() for shape in shapes)))
         for start in range(0, len(names), at_once):
             part = names[start : start + at_once]
-            q_now, q_base, k_now, k_base = (
-                _stacked([getattr(taken[n], role) for n in part], device)
-                for role in ("q", "k")
-                for taken in (now, base)
-            )
-            q_side, k_side = increment(q_now, q_base, q_inner), increment(k_now, k_base, k_inner)
-            measured.append((part, statistics(q_side, k_side, q_map, k_map, age)))
+            values, sure = _together(part, now, base, kind, inner, maps, age)
+            again = np.flatnonzero(~sure.all(1)) if kind != torch.float64 else ()
+            if len(again):
+                exact, _ = _together([part[row] for row in again], now, base, torch.float64, inner, maps, age)
+                for metric, rows in values.items():
+                    rows[again] = exact[metric]
+            measured.append((part, values))
     return measured
 
 
-def _stacked(sides: Sequence[Side], device: torch.device) -> list[Tensor]:
-    """The sides of several sites as one, float64."""
-    made = []
-    for of in zip(*sides, strict=True):
-        whole = torch.empty(len(of), *of[0].shape, dtype=torch.float64, device=device)
-        for row, x in zip(whole, of, strict=True):
-            row.copy_(x)
-        made.append(whole)
-    return made
+def _together(
+    names: Sequence[str],
+    now: Mapping[str, Factors],
+    base: Mapping[str, Factors],
+    kind: torch.dtype,
+    inner: Sequence[Sequence[tuple[int, ...]]],
+    maps: Sequence[tuple[int, ...]],
+    age: int,
+) -> tuple[dict[str, Array], Array]:
+    """Sites of one shape in one precision, as `statistics` says."""
+    q_now, q_base, k_now, k_base = (
+        _stacked([getattr(taken[name], role) for name in names], kind) for role in ("q", "k") for taken in (now, base)
+    )
+    q_side, k_side = increment(q_now, q_base, inner[0]), increment(k_now, k_base, inner[1])
+    return statistics(q_side, k_side, maps[0], maps[1], age)
+
+
+def _stacked(sides: Sequence[Side], kind: torch.dtype) -> list[Tensor]:
+    """The sides of several sites as one, matrices in ``kind`` and gains in float64; those of a single site where they lie."""
+    kinds = (kind, torch.float64)
+    if len(sides) == 1:
+        return [x[None].to(kinds[place % 2]) for place, x in enumerate(sides[0])]
+    return [torch.stack([x.to(kinds[place % 2]) for x in of]) for place, of in enumerate(zip(*sides, strict=True))]

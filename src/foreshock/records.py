@@ -64,7 +64,7 @@ class Stage:
     unit: bool = False
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """``[heads, inputs, channels]`` as it stands in the parameter."""
+        """``[heads, inputs, channels]`` as it stands in the parameter: a copy, channel after channel."""
         heads, channels = self.index.shape
         inputs = [axis for axis in range(weight.dim()) if axis not in self.axes]
         rows = weight.permute(*self.axes, *inputs).flatten(len(self.axes)) if inputs else weight[..., None]
