@@ -287,7 +287,7 @@ def default_watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Watch], Watch]:
     """Make a watch the process-wide one, behind ``backend="foreshock"``."""
 
     def use(watch: Watch) -> Watch:
-        monkeypatch.setattr(sys.modules["foreshock.watch"], "_default", watch)
+        monkeypatch.setattr(sys.modules["foreshock.default"], "_default", watch)
         assert foreshock.default_watch() is watch
         return watch
 
