@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from foreshock import _torch
+from foreshock import _torch, resume
 from foreshock.acting import Acting, OnAlarm, actions, names
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
@@ -28,6 +28,7 @@ from foreshock.monitors.tiers import probes as built_in
 from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
+from foreshock.rows import Rows
 from foreshock.runtime import Sample
 from foreshock.store import MemoryStore, RunStore, of_this_rank
 
@@ -121,24 +122,23 @@ class Watch:
         self._closed = False
         self._started = time.perf_counter()
         self.rewriting_seconds = 0.0
-        store: Store = MemoryStore() if self.settings.run is None else RunStore(of_this_rank(self.settings.run))
+        where = self.settings.run
+        store: Store = MemoryStore() if where is None else RunStore(of_this_rank(where), anew=True)
         healthy = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
         stride = max(min(self.settings.windows), self.settings.every)
         steps = [StepMonitor(self.families)] if self.families & AROUND_STEPS else []
-        self._state: dict[str, Any] = {
-            "bias": BiasLaw(),
-            "spectra": Spectra(self.settings.windows, stride, self.masters.read),
-            "router": RouterWeights(self.masters.read),
-        }
+        self.rows = Rows()
+        bias = BiasLaw()
+        spectra = Spectra(self.settings.windows, stride, self.masters.read)
         self.collector = Collector(
             self.instances,
             store,
             families=self.families,
-            derived=[self._state["bias"]],
-            weights=[*([self._state["router"]] if "router" in self.families else []), *own],
-            each_step=[self._state["spectra"]] if "spectra" in self.families else [],
+            derived=[bias],
+            weights=[*([RouterWeights(self.masters.read)] if "router" in self.families else []), *own],
+            each_step=[spectra] if "spectra" in self.families else [],
             steps=steps,
             judge=Judge(
                 healthy,
@@ -151,6 +151,9 @@ class Watch:
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
         )
+        judge, collector = self.collector.judge, self.collector
+        built = {"bias law": bias, "spectra": spectra, "judge": judge, "collector": collector, "actions": self.acting}
+        self._parts = built | resume.stateful([*steps, *own])
         self._hooks = [_torch.on_optimizer_step(self._after_optimizer_step)]
         self._hooks += [_torch.before_optimizer_step(self._before_optimizer_step)] if steps else []
         atexit.register(self.close)
@@ -260,26 +263,28 @@ class Watch:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on as if never stopped."""
+        """Everything that a resumed run needs to go on as if never stopped: for `torch.save`, and for
+        `torch.distributed.checkpoint`, which takes the watch itself. Plain values and tensors on the host; docs/resume.md.
+
+        Call it where the model is saved: after the optimizer step, and after the step's `log`. All that was recorded so far is
+        written to the run first. In the middle of a step (some microbatches in, the optimizer still to come) its samples and
+        logged numbers are not in the state, as its gradients are in no checkpoint: the resumed run makes the step from the start.
+        """
         self._catch_up()
-        monitors = {name: monitor.state_dict() for name, monitor in self._state.items()}
-        return {
-            "clock": self.clock.state_dict(),
-            "monitors": monitors,
-            "judge": self.collector.judge.state_dict(),
-            "collector": self.collector.state_dict(),
-            "acting": self.acting.state_dict(),
-        }
+        self.collector.flush()
+        return resume.save(self.clock, self._parts, self.fail)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.clock.load_state_dict(state["clock"])
+        """Go on from `state_dict`, before the model is compiled or after; best before the first step.
+
+        What the run has recorded of later steps is discarded, for they come again. Raises nothing, but under ``strict`` for a
+        state that is none; what does not fit begins anew, with a line in the ledger.
+        """
+        if not resume.restore_clock(state, self.clock, self.fail):
+            return
         self._finished = self.clock.step
-        for name, monitor in self._state.items():
-            monitor.load_state_dict(state["monitors"][name])
-        self.collector.judge.load_state_dict(state["judge"])
-        self.collector.load_state_dict(state["collector"])
-        self.acting.load_state_dict(state["acting"])
+        self.collector.rewind(self.clock.step)
+        resume.restore(state, self._parts, self._note, self.fail)
 
     @property
     def closed(self) -> bool:
@@ -326,6 +331,12 @@ class Watch:
         if what not in self._reported:
             self._reported[what] = f"{what}: {type(error).__name__}: {error}"
             _log.warning("%s (training goes on)", self._reported[what])
+
+    def _note(self, told: str) -> None:
+        """Say something once, in the log and the ledger, that is no failure."""
+        if told not in self._reported:
+            self._reported[told] = told
+            _log.warning("%s", told)
 
     def _stop(self) -> None:
         self.stop_requested = True
