@@ -64,7 +64,7 @@ def restore(state: Mapping[str, Any], parts: Mapping[str, Any], note: Callable[[
     if not there:
         note(f"{changed}of rank {rank} there is no state, so its detectors and weight snapshots begin anew")
     elif before != ranks:
-        left = f", and what ranks {ranks} to {before - 1} knew is left" if before > ranks else ""
+        left = ", and what the other ranks knew is left" if before > ranks else ""
         note(f"{changed}rank {rank} goes on with what it knew{left}")
     for name, part in parts.items():
         if there and name in own["parts"]:

@@ -362,7 +362,7 @@ class Watch:
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.masters.met(optimizer)
-        if not self.clock.concerns(optimizer, self.instances.parameter_ids):
+        if not self.clock.concerns(optimizer, self.instances.parameter_ids) or self.clock.idles(optimizer):
             return
         try:
             if self.is_sampled(self.clock.forward_step):
