@@ -267,6 +267,15 @@ def test_what_is_no_state_is_reported_and_the_watch_begins_anew(one_thread) -> N
             watch.load_state_dict(state)
 
 
+def test_a_rank_s_own_state_that_is_none_is_reported(whole) -> None:
+    state = whole[2]["watch"]
+    for own in (3, ({"step": 16},)):
+        with foreshock.Watch(inner="eager") as watch:
+            watch.load_state_dict({**state, "rank0": own})
+            assert watch.step == 16
+            assert ["what rank 0 knew begins anew" in told for told in watch.coverage.warnings] == [True]
+
+
 def test_a_part_that_does_not_fit_begins_anew_by_itself(whole) -> None:
     told, _, state = whole
     state["watch"]["rank0"][0]["parts"]["judge"]["detectors"]["Drift 0"] = {"columns": 3}

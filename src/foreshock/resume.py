@@ -56,10 +56,16 @@ def restore_clock(state: Mapping[str, Any], clock: Any, fail: Fail) -> bool:
 def restore(state: Mapping[str, Any], parts: Mapping[str, Any], note: Callable[[str], None], fail: Fail) -> None:
     """Hand each part what this rank saved. Where it saved nothing, or something of another step, all parts begin anew."""
     rank, ranks = this_rank()
-    (shared,) = state["shared"]
-    step, before = shared["clock"]["step"], shared["ranks"]
-    (own,) = state.get(f"rank{rank}", ({"step": None},))
-    there = own["step"] == step  # a checkpoint without it leaves what the watch filled in itself when it was loaded
+    try:
+        (shared,), (own,) = state["shared"], state.get(f"rank{rank}", ({},))
+        step, before = shared["clock"]["step"], shared["ranks"]
+        there = (
+            own.get("step") == step
+        )  # a checkpoint without it leaves what the watch filled in itself when it was loaded
+        saved = own["parts"] if there else {}
+    except Exception as error:
+        fail(f"resuming; what rank {rank} knew begins anew", error)
+        return
     changed = f"resuming at step {step}: saved by {before} rank{'s' * (before > 1)}, now {ranks}; "
     if not there:
         note(f"{changed}of rank {rank} there is no state, so its detectors and weight snapshots begin anew")
@@ -67,8 +73,8 @@ def restore(state: Mapping[str, Any], parts: Mapping[str, Any], note: Callable[[
         left = ", and what the other ranks knew is left" if before > ranks else ""
         note(f"{changed}rank {rank} goes on with what it knew{left}")
     for name, part in parts.items():
-        if there and name in own["parts"]:
-            _load(name, part, own["parts"][name], fail)
+        if name in saved:
+            _load(name, part, saved[name], fail)
 
 
 def _load(name: str, part: Any, saved: Any, fail: Fail) -> None:
