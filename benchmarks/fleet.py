@@ -127,7 +127,7 @@ def main() -> None:
                 }
                 times = (f"{ring_:.0f} / {tree_:.0f}" for ring_, tree_ in network.values())
                 table.add_row(
-                    str(layers), str(experts), f"{size / 1024:.0f}", str(collectives), f"{1e3 * host:.1f}", *shown
+                    str(layers), str(experts), f"{size / 1024:.0f}", str(collectives), f"{1e3 * host:.1f}", *times
                 )
                 told.append({"layers": layers, "experts": experts, "bytes": size, "host": host, "network": network})
         distributed.destroy_process_group()

@@ -190,7 +190,7 @@ class Judge:
         """Plain values: findings as dictionaries, detectors by name, rows of the table by position."""
         return {
             "tables": _fingerprint(),
-            "detectors": {name: detector.state_dict() for name, detector in self._named().items()},
+            "detectors": {n: one.state_dict() for n, one in self._named().items() if hasattr(one, "state_dict")},
             "heard": [[asdict(h.finding), h.score, h.samples, h.last, h.step] for h in self._heard.values()],
             "open": [[*name, *value] for name, value in self._open.items()],
             "blamed": [[site, *value] for site, value in self._blamed.items()],

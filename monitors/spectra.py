@@ -180,13 +180,16 @@ class Spectra:
                 turn.ring.append(Entry(step, until, now[name]))
 
     def state_dict(self) -> dict[str, Any]:
-        """Whose turn it is, and the snapshots as tensors; a resumed run goes on without a gap."""
+        """Whose turn it is, and the snapshots as tensors on the host; a resumed run goes on without a gap."""
         return {
             "last": self._last,
             "turns": {
                 name: (
                     turn.slot,
-                    [(e.step, e.until, e.factors.q, e.factors.k, e.factors.precision) for e in turn.ring],
+                    [
+                        (e.step, e.until, _on_host(e.factors.q), _on_host(e.factors.k), e.factors.precision)
+                        for e in turn.ring
+                    ],
                 )
                 for name, turn in self._turns.items()
             },
@@ -199,6 +202,11 @@ class Spectra:
             name: Turn(slot, [Entry(step, until, Factors(q, k, kind)) for step, until, q, k, kind in ring])
             for name, (slot, ring) in state["turns"].items()
         }
+
+
+def _on_host(side: Side) -> Side:
+    """A checkpoint is read also where there is no such device."""
+    return tuple(x.cpu() for x in side)
 
 
 def _factors(views: Pair, read: Read) -> Factors:

@@ -89,7 +89,9 @@ class StepMonitor:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing is kept between steps."""
+        """Drops what was measured in the step under way."""
+        self._found.clear()
+        self._before = {}
 
     # -- each family ---------------------------------------------------------------------------------------------------
 

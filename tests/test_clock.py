@@ -235,6 +235,38 @@ def test_a_clock_goes_on_where_it_was_saved() -> None:
     assert (clock.step, resumed.step, resumed.forward_step) == (5, 6, 5)
 
 
+def test_a_model_and_its_adversary_take_turns_also_after_a_resume(one_thread) -> None:
+    def steps(stops: tuple[int, ...]) -> list[int]:
+        state, seen = None, []
+        for start, stop in zip((0, *stops), (*stops, 7), strict=True):
+            torch._dynamo.reset()
+            with Watch(every=1, inner="eager", strict=True) as watch:
+                models = [Layer(), Layer()]
+                compiled = [torch.compile(model, backend=watch.backend) for model in models]
+                optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in models]
+                if state is not None:
+                    watch.load_state_dict(state)
+                for _ in range(start, stop):
+                    for model, optimizer in zip(compiled, optimizers, strict=True):
+                        model(torch.randn(2, 5, 8)).sum().backward()
+                        optimizer.step()
+                    seen.append(watch.step)
+                state = watch.state_dict()
+        return seen
+
+    assert steps((2, 5)) == steps(())
+    assert steps(())[-1] == 8
+
+
+def test_a_warm_up_from_a_learning_rate_of_zero_counts(watch) -> None:
+    model = Layer()
+    compiled, optimizer = torch.compile(model, backend=watch.backend), torch.optim.SGD(model.parameters(), lr=0.0)
+    for step in range(3):
+        compiled(_x()).sum().backward()
+        optimizer.step()
+        assert watch.step == step + 1
+
+
 def test_a_clock_holds_no_optimizer_alive() -> None:
     class Optimizer:
         param_groups = ({"params": []},)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,14 @@ WHAT = "agreeing with the other ranks on an alarm"
 def is_shared() -> bool:
     """Whether this process is one of several in a job of torch.distributed."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def this_rank() -> tuple[int, int]:
+    """``(rank, ranks)``: of torch.distributed where it is initialized, else of torchrun's variables, else ``(0, 1)``."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ.get("RANK", "0")), ranks) if ranks > 1 else (0, 1)
 
 
 class Agreement:

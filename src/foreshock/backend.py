@@ -110,6 +110,7 @@ class Backend:
             deliver=watch.deliver,
             fail=watch.fail,
             step=lambda: watch.clock.step,
+            rows=watch.rows,
         )
         now = rewritten is not None and watch.is_sampled(watch.clock.step)
         for sampled in (False, True) if symbolic and rewritten is not None else (now,):

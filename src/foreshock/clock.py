@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -21,16 +21,34 @@ class StepClock:
         self._counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self._relevant: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._met = False
+        self._forwards = 0
+        self._trained: weakref.WeakKeyDictionary[Any, int] = (
+            weakref.WeakKeyDictionary()
+        )  # forward passes at its last step
+        self._waiting: list[int] = []  # counts of a saved run's optimizers, for those that take their places
 
     def forward(self) -> None:
         """A training forward pass ran."""
         self.forward_step = self.step
+        self._forwards += 1
+
+    def idles(self, optimizer: Any) -> bool:
+        """Whether the step that ``optimizer`` made is none of training: at a rate of 0, and with no forward pass since its last.
+
+        So `torch.distributed.checkpoint` makes the state of an optimizer that has none yet, or never has any.
+        """
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        return self._forwards == self._trained.get(optimizer, 0) and all(
+            rate is not None and rate == 0 for rate in rates
+        )
 
     def tick(self, optimizer: Any) -> None:
         """``optimizer`` made a step."""
-        count = self._counts.get(optimizer, self.forward_step) + 1
-        self._counts[optimizer] = count
+        if optimizer not in self._counts:
+            self._counts[optimizer] = self._waiting.pop(0) if self._waiting else self.forward_step
+        count = self._counts[optimizer] = self._counts[optimizer] + 1
         self.step = max(self.step, count)
+        self._trained[optimizer] = self._forwards
 
     def concerns(self, optimizer: Any, parameters: Iterable[int]) -> bool:
         """Whether ``optimizer`` holds any of the parameters with these ids, or none did so far; remembered an optimizer."""
@@ -43,9 +61,15 @@ class StepClock:
             self._met = self._met or self._relevant[optimizer]
         return self._relevant[optimizer] or not self._met
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and the counts of the optimizers that made it or the one before, in the order in which they were met."""
+        counts = [*self._counts.values(), *self._waiting]
+        return {"step": self.step, "counts": [count for count in counts if count >= self.step - 1]}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`; a resumed run has other optimizers, which are met in the same order."""
         self.step = self.forward_step = int(state["step"])
+        self._waiting = list(state["counts"])
         self._counts.clear()
+        self._forwards = 0
+        self._trained.clear()

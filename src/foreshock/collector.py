@@ -30,6 +30,7 @@ class Store(Protocol):
     """Where readings are kept: a run folder, or memory."""
 
     def write(self, step: int, readings: Sequence[Reading]) -> None: ...
+    def rewind(self, step: int) -> None: ...
     def alarm(self, alarm: Alarm) -> None: ...
     def coverage(self, coverage: Coverage) -> None: ...
     def meta(self, **values: Any) -> None: ...
@@ -144,14 +145,27 @@ class Collector:
                 self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was weighed and not judged yet."""
+        """What was weighed and not judged yet, and the alarms so far; no sample of the step under way."""
         unjudged = [[*key, reading.values.tolist()] for key, reading in self._unjudged.items()]
-        return {"weighed": self._weighed, "unjudged": unjudged}
+        return {"weighed": self._weighed, "unjudged": unjudged, "alarms": [a.to_json() for a in self.alarms]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._weighed = state["weighed"]
+        self.alarms = [Alarm.from_json(alarm) for alarm in state["alarms"]]
         found = [Reading(metric, site, np.array(values)) for metric, site, values in state["unjudged"]]
         self._unjudged = {(reading.metric, reading.site): reading for reading in found}
+
+    def rewind(self, step: int) -> None:
+        """Training goes on at ``step``: what is under way is dropped, and what was recorded of that step and later, if any."""
+        self._samples, self._scalars = [], []
+        self._optimizer.clear()
+        if step > 0:
+            self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
+            self._guarded("writing to the store", self.store.rewind, step)
+
+    def flush(self) -> None:
+        """Write down what was worked off."""
+        self._guarded("writing to the store", self.store.flush)
 
     def finish(self, upto: int) -> None:
         """Work off every step before ``upto``, unless all ranks do it together."""

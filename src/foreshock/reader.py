@@ -105,7 +105,11 @@ def open_run(path: str | Path) -> Run:
             [(found,)] = db.execute("PRAGMA user_version")
             db.execute("SELECT 1 FROM series, field, tail, chunk, alarm, coverage, meta LIMIT 1")
         except sqlite3.OperationalError as error:
+            empty = _is_empty(db)
             db.close()
+            if empty:
+                told = "nothing is recorded there yet; wait for the run's first flush"
+                raise RunError(f"opening the run {folder}: {told}") from None
             last = error
             if file.with_name(file.name + "-wal").exists():
                 break
@@ -118,6 +122,14 @@ def open_run(path: str | Path) -> Run:
             db.close()
             raise RunError(f"opening {file}: format {found}, this foreshock reads up to {FORMAT}; upgrade foreshock")
     raise damaged(file, last)
+
+
+def _is_empty(db: sqlite3.Connection) -> bool:
+    """Whether the writer has made the file and no more: it was killed there, or is at it."""
+    try:
+        return not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    except sqlite3.Error:
+        return False
 
 
 def _why(folder: Path) -> str:

@@ -14,6 +14,7 @@ from foreshock import _torch
 from foreshock.instances import Instance
 from foreshock.passes import Instrumented, Quantity
 from foreshock.records import Array
+from foreshock.rows import Rows
 from foreshock.transfer import Read, Transfer
 
 Compiled = Callable[..., Any]
@@ -79,6 +80,7 @@ class WatchedGraph:
         deliver: Callable[[Sample], None],
         fail: Callable[[str, Exception], None],
         step: Callable[[], int],
+        rows: Rows,
     ) -> None:
         self._make: Mapping[bool, Callable[[], Compiled]] = {False: plain, True: instrumented or plain}
         self._compiled: dict[bool, Compiled] = {}
@@ -91,7 +93,7 @@ class WatchedGraph:
         self._step = step
         self._broken = rewritten is None
         self._transfer = Transfer(device)
-        self._random = torch.Generator().manual_seed(0x5EED)
+        self._rows = rows
 
     def compile(self, sampled: bool) -> Compiled:
         """The variant, compiled at the latest now."""
@@ -138,7 +140,7 @@ class WatchedGraph:
         state = _torch.random_state(self._device)
         try:
             run = self.compile(True)
-            rows = self._transfer.to_device(torch.rand(2 * rewritten.rows, generator=self._random))
+            rows = self._transfer.to_device(self._rows.draw(self._step(), instances, 2 * rewritten.rows, again))
             slot = torch.zeros(rewritten.slot_size, device=self._device, requires_grad=True)
             gradients: list[Read] = []
             slot.register_post_accumulate_grad_hook(functools.partial(_take_gradient, self._transfer, gradients))

@@ -1,12 +1,13 @@
 """Where readings, alarms and the ledger go: one SQLite file of a run, or memory.
 
 `RunStore` buffers until `flush`, which is one transaction: a process killed at any moment leaves everything up to its last
-flush readable, and readers never wait for the writer. Values are kept as float32. Nothing touches the disk, and nothing
+flush readable, and readers never wait for the writer. Values are kept as float32. Nothing is written to the disk, and nothing
 raises, outside `flush` and `close`.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import threading
@@ -17,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from foreshock.agreement import this_rank
 from foreshock.errors import RunError
 from foreshock.records import Alarm, Array, Coverage, Reading
+from foreshock.rewind import discard, holds_steps, set_aside
 from foreshock.series import Queries, Steps, Values, join
 from foreshock.tables import FILE, FORMAT, SCHEMA, Tables, damaged, dump, pack, pack_steps
 
+_log = logging.getLogger("foreshock")
 Key = tuple[str, str | None]
 COMPACT = 256  # tail rows of one layout that become chunks
 CHUNK = 512  # about the numbers in a chunk: small beside a page, so that pages fill up
@@ -40,6 +44,12 @@ class MemoryStore(Queries):
             values = np.array(reading.values, np.float64).reshape(-1)
             if values.size:
                 self._data.setdefault((reading.metric, reading.site), []).append((int(step), values))
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written at ``step`` and later."""
+        for key, rows in list(self._data.items()):
+            self._data[key] = [(at, values) for at, values in rows if at < step]
+        self._data = {key: rows for key, rows in self._data.items() if rows}
 
     def alarm(self, alarm: Alarm) -> None:
         """Nothing to do: the watch itself holds its alarms."""
@@ -64,10 +74,16 @@ class MemoryStore(Queries):
 
 
 class RunStore(Tables):
-    """The writer of ``<path>/run.sqlite``; an existing run is continued. Safe to call from several threads."""
+    """The writer of ``<path>/run.sqlite``; an existing run is continued. Safe to call from several threads.
 
-    def __init__(self, path: str | Path) -> None:
+    ``anew``: a run that is there already is another one. Before the first record is written it is set aside, in
+    ``<path>/earlier-1`` (or 2, ...), unless `rewind` was called.
+    """
+
+    def __init__(self, path: str | Path, *, anew: bool = False) -> None:
         self.path = Path(path) / FILE
+        self._other = anew and holds_steps(self.path)
+        self._start: int | None = None  # what is in the file from this step on is to be discarded
         self._db: sqlite3.Connection | None = None
         self._lock = threading.RLock()
         self._buffer: dict[int, dict[Key, Array]] = {}
@@ -88,6 +104,15 @@ class RunStore(Tables):
             if self._failing and len(self._buffer) > PENDING:
                 del self._buffer[next(iter(self._buffer))]
 
+    def rewind(self, step: int) -> None:
+        """Go on with the run that is there, at ``step``: what it has of that step and later is discarded by the next flush."""
+        with self._lock:
+            if self._other:  # what was written so far is not of the run that goes on
+                self._other, self._buffer, self._alarms = False, {}, []
+            self._start = step if self._start is None else min(step, self._start)
+            self._buffer = {at: row for at, row in self._buffer.items() if at < step}
+            self._alarms = [alarm for alarm in self._alarms if alarm.step < step]
+
     def alarm(self, alarm: Alarm) -> None:
         with self._lock:
             self._alarms.append(alarm)
@@ -105,9 +130,18 @@ class RunStore(Tables):
     def flush(self) -> None:
         """Write all that is buffered, in one transaction. Raises RunError if it cannot; then the buffer is kept."""
         with self._lock:
+            if self._other and not self._buffer:
+                return  # nothing that would be worth to set another run aside
             try:
                 db = self._connection()
+                if self._other:
+                    _log.warning("%s holds another run: it is now in %s", self.path, set_aside(db, self.path.parent))
+                    self._other, self._start = False, 0
                 db.execute("BEGIN IMMEDIATE")
+                if self._start is not None:
+                    self._compact(db, 1)
+                    discard(db, self._start)
+                    self._forget()
                 self._write_records(db)
                 for step, row in self._buffer.items():
                     self._write_row(db, step, row)
@@ -122,14 +156,14 @@ class RunStore(Tables):
                     f"writing {self.path}: {error}; free the disk or make the folder writable; "
                     f"the last {PENDING} steps are kept in memory until then"
                 ) from error
-            self._failing = False
+            self._failing, self._start = False, None
             self._buffer, self._alarms, self._coverage, self._meta = {}, [], None, {}
 
     def close(self) -> None:
         """Flush and let go of the file; a store that is written again opens it again."""
         with self._lock:
             try:
-                if self._buffer or self._alarms or self._coverage or self._meta:
+                if self._buffer or self._alarms or self._coverage or self._meta or self._start is not None:
                     self.flush()
             finally:
                 if self._db is not None:
@@ -234,14 +268,13 @@ class RunStore(Tables):
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes for all ranks of its job, as far as the launcher's variables tell."""
-    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK", "0") == "0"
+    """Whether this process writes for all ranks of its job."""
+    return this_rank()[0] == 0
 
 
 def store_of_this_rank(run: str, merged: bool) -> MemoryStore | RunStore:
     """Where a process of a distributed job keeps its run: merged, rank 0 writes ``RUN`` for all, else each has ``RUN/rank3``."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return RunStore(run)
-    if merged:
-        return RunStore(run) if is_first_rank() else MemoryStore()
-    return RunStore(os.path.join(run, f"rank{os.environ.get('RANK', '0')}"))
+    rank, ranks = this_rank()
+    if ranks < 2 or (merged and rank == 0):
+        return RunStore(run, anew=True)
+    return MemoryStore() if merged else RunStore(os.path.join(run, f"rank{rank}"), anew=True)

@@ -106,7 +106,7 @@ class Tables(Queries):
                 if newer:
                     parts.append(_tail(list(group)))
                 else:
-                    parts.extend(_chunk(steps, data) for _, _, steps, data in group)
+                    parts.extend(chunk(steps, data) for _, _, steps, data in group)
         except (zlib.error, ValueError) as error:
             raise damaged(self.path, error) from error
         return join(parts)
@@ -122,7 +122,7 @@ class Tables(Queries):
         return np.unique(np.concatenate([tail, *chunks]))
 
 
-def _chunk(steps: bytes, data: bytes) -> tuple[Steps, Values]:
+def chunk(steps: bytes, data: bytes) -> tuple[Steps, Values]:
     own = unpack_steps(steps)
     return own, unpack(data).reshape(len(own), -1)
 

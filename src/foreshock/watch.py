@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from foreshock import _torch
+from foreshock import _torch, resume
 from foreshock.acting import Acting, OnAlarm, actions, names
 from foreshock.agreement import is_shared
 from foreshock.backend import Backend
@@ -31,11 +31,13 @@ from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.ranks import Ranks
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
+from foreshock.reports import Reports
+from foreshock.rows import Rows
 from foreshock.runtime import Sample
 from foreshock.store import MemoryStore, is_first_rank, store_of_this_rank
 
-_log = logging.getLogger("foreshock")
 _EVERYTHING = 2**62
+SAME_ON_RANKS = ("bias law", "judge", "collector", "actions")  # where ranks are merged: all hear the same
 NEVER_TRAINED = "evaluated, never sampled in training: no gradient came back through it yet"
 
 
@@ -125,36 +127,40 @@ class Watch:
         self.on_match: Callable[[GraphView, Match], None] | None = None  # called with every match of a capture
         self.families = families(self.settings.monitors)
         self._probes = {(probe.kind, probe.name): probe for probe in (*built_in(self.families), *probes)}
+        self._reports = Reports(self.settings.strict)
+        self.fail = self._reports.fail
         self.acting = Acting(row, self.settings, self._stop, self.fail)
-        self._reported: dict[str, str] = {}
         self._unmatched: dict[str, None] = {}
         self._fallbacks = Fallbacks()
         self._finished = 0
         self._closed = False
         self.costs = Costs(waits=self.settings.budget is not None)
-        store: Store = (
-            MemoryStore() if self.settings.run is None else store_of_this_rank(self.settings.run, self.settings.merge)
-        )
+        where = self.settings.run
+        store: Store = MemoryStore() if where is None else store_of_this_rank(where, self.settings.merge)
         healthy = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
         least = {SAMPLING: self.settings.every}
         if "spectra" in self.families:
             least[SPECTRA] = max(min(self.settings.windows), self.settings.every)
-        self.pace = Pace(least, self.settings.budget, self.costs, self._note_pace, lambda: not is_shared())
+        self.pace = Pace(
+            least,
+            self.settings.budget,
+            self.costs,
+            partial(self._reports.note, about="budget"),
+            lambda: not is_shared(),
+        )
         steps = [StepMonitor(self.families)] if self.families & AROUND_STEPS else []
-        self._state: dict[str, Any] = {
-            "bias": BiasLaw(),
-            "spectra": Spectra(self.settings.windows, least.get(SPECTRA), self.costs.settled(self.masters.read)),
-            "router": RouterWeights(self.masters.read),
-        }
+        self.rows = Rows()
+        bias = BiasLaw()
+        self._spectra = Spectra(self.settings.windows, least.get(SPECTRA), self.costs.settled(self.masters.read))
         self.collector = Collector(
             self.instances,
             store,
             families=self.families,
-            derived=[self._state["bias"]],
-            weights=[*([self._state["router"]] if "router" in self.families else []), *own],
-            each_step=[self._state["spectra"]] if "spectra" in self.families else [],
+            derived=[bias],
+            weights=[*([RouterWeights(self.masters.read)] if "router" in self.families else []), *own],
+            each_step=[self._spectra] if "spectra" in self.families else [],
             steps=steps,
             judge=Judge(
                 healthy,
@@ -171,6 +177,9 @@ class Watch:
         self.ranks = Ranks(
             self.collector, self.clock, self.probes_for, self.is_sampled, self.fail, self.settings.merge, group
         )
+        built = {"bias law": bias, "spectra": self._spectra, "judge": self.collector.judge}
+        built |= {"collector": self.collector, "actions": self.acting, "pace": self.pace}
+        self._parts = built | resume.stateful([*steps, *own])
         self._hooks = [_torch.on_optimizer_step(self._after_optimizer_step)]
         self._hooks += [_torch.before_optimizer_step(self._before_optimizer_step)]
         atexit.register(self.close)
@@ -203,7 +212,7 @@ class Watch:
             tuple(self._unmatched),
             tuple(self._fallbacks.graph_breaks),
             self._fallbacks.eager,
-            tuple(self._reported.values()),
+            self._reports.lines,
         )
 
     def metrics(self) -> list[str]:
@@ -285,29 +294,30 @@ class Watch:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on as if never stopped."""
+        """Everything that a resumed run needs to go on as if never stopped: for `torch.save`, and for
+        `torch.distributed.checkpoint`, which takes the watch itself. Plain values and tensors on the host; docs/resume.md.
+
+        Call it where the model is saved: after the optimizer step, and after the step's `log`. All that was recorded so far is
+        written to the run first. In the middle of a step (some microbatches in, the optimizer still to come) its samples and
+        logged numbers are not in the state, as its gradients are in no checkpoint: the resumed run makes the step from the start.
+        """
         self._catch_up()
-        monitors = {name: monitor.state_dict() for name, monitor in self._state.items()}
-        return {
-            "clock": self.clock.state_dict(),
-            "monitors": monitors,
-            "judge": self.collector.judge.state_dict(),
-            "collector": self.collector.state_dict(),
-            "acting": self.acting.state_dict(),
-            "pace": self.pace.state_dict(),
-        }
+        self.collector.flush()
+        return resume.save(self.clock, self._parts, self.fail)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self.clock.load_state_dict(state["clock"])
+        """Go on from `state_dict`, before the model is compiled or after; best before the first step.
+
+        What the run has recorded of later steps is discarded, for they come again. Raises nothing, but under ``strict`` for a
+        state that is none; what does not fit begins anew, with a line in the ledger.
+        """
+        if not resume.restore_clock(state, self.clock, self.fail):
+            return
         self._finished = self.ranks.exchanged = self.clock.step
-        for name, monitor in self._state.items():
-            monitor.load_state_dict(state["monitors"][name])
-        self.collector.judge.load_state_dict(state["judge"])
-        self.collector.load_state_dict(state["collector"])
-        self.acting.load_state_dict(state["acting"])
-        self.pace.load_state_dict(state.get("pace", {}))
-        self._state["spectra"].stride = self.pace.periods.get(SPECTRA, self._state["spectra"].stride)
+        self.collector.rewind(self.clock.step)
+        alike = SAME_ON_RANKS if self.settings.merge else ()
+        resume.restore(state, self._parts, self._reports.note, self.fail, alike)
+        self._spectra.stride = self.pace.periods.get(SPECTRA, self._spectra.stride)
 
     @property
     def closed(self) -> bool:
@@ -330,7 +340,7 @@ class Watch:
             return self.is_sampled(self.clock.forward_step)
         self.clock.forward()
         if self.pace.begin(self.clock.step) and SPECTRA in self.pace.periods:
-            self._state["spectra"].spread(self.pace.periods[SPECTRA])
+            self._spectra.spread(self.pace.periods[SPECTRA])
         if self.clock.step != self._finished and self.ranks.are_one():
             self._finished = self.clock.step
             self.collector.weigh(self.clock.step - 1)
@@ -351,18 +361,6 @@ class Watch:
             self._fallbacks.read()
         except Exception as error:
             self.fail("reading what Dynamo left to eager", error)
-
-    def fail(self, what: str, error: Exception) -> None:
-        """Report a failure inside foreshock once, in the log and the ledger; raise it under ``strict``."""
-        if self.settings.strict:
-            raise error
-        if what not in self._reported:
-            self._reported[what] = f"{what}: {type(error).__name__}: {error}"
-            _log.warning("%s (training goes on)", self._reported[what])
-
-    def _note_pace(self, told: str) -> None:
-        self._reported["budget"] = told
-        _log.warning("%s", told)
 
     def _stop(self) -> None:
         self.stop_requested = True
@@ -393,7 +391,7 @@ class Watch:
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self.masters.met(optimizer)
-        if not self.clock.concerns(optimizer, self.instances.parameter_ids):
+        if not self.clock.concerns(optimizer, self.instances.parameter_ids) or self.clock.idles(optimizer):
             return
         try:
             if self.is_sampled(self.clock.forward_step):
