@@ -196,6 +196,7 @@ def test_strict_raises_it(one_thread, cause: str) -> None:
         _run_strict(watch)
     with pytest.MonkeyPatch.context() as patch:  # whatever was broken is not broken in the next test
         patch.setattr(watch, "fail", lambda what, error: None)
+        patch.setattr(watch.collector, "fail", lambda what, error: None)
         watch.close()
 
 

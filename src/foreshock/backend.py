@@ -153,6 +153,10 @@ class Backend:
             known = cache.get(key)
             if known is not None and all(instance.is_live() for instance in known):
                 return known
+            with instances.lock:
+                return resolve_anew(args, key)
+
+        def resolve_anew(args: Sequence[Any], key: tuple[int, ...]) -> list[Instance]:
             found: list[Instance] = []
             beside: dict[Any, list[set[str]]] = {}
             instances.parameter_ids.update(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))

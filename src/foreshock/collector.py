@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
@@ -13,11 +14,13 @@ from foreshock.config import FAMILIES
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.instances import Instance, Instances
 from foreshock.monitors.metrics import family
-from foreshock.records import Alarm, Array, Coverage, Reading, Site
+from foreshock.records import Alarm, Array, Coverage, Probe, Reading, Site
 from foreshock.runtime import Merged, Sample
 
 # A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
 MOST_SAMPLES = 20_000
+PATIENCE = 30.0  # seconds that a question waits for another thread which works off a step
+UNWRITTEN = 64  # steps with logged numbers alone, before they are written down
 Fail = Callable[[str, Exception], None]
 
 
@@ -28,7 +31,8 @@ class Store(Protocol):
     def alarm(self, alarm: Alarm) -> None: ...
     def coverage(self, coverage: Coverage) -> None: ...
     def meta(self, **values: Any) -> None: ...
-    def flush(self) -> None: ...
+    def flush(self, now: bool = True) -> None: ...
+    def troubles(self) -> Sequence[tuple[str, Exception]]: ...
     def close(self) -> None: ...
     def series(self, metric: str, site: str | None = None) -> tuple[Array, Array]: ...
     def metrics(self) -> list[str]: ...
@@ -61,6 +65,9 @@ class Collector:
         self.on_alarm, self.fail = on_alarm, fail
         self.alarms: list[Alarm] = []
         self.seconds = 0.0
+        self._arriving = threading.Lock()  # forward passes may run in several threads; held for a moment only
+        self._working = threading.RLock()
+        self._unwritten = 0
         self._samples: list[Sample] = []
         self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
@@ -72,20 +79,27 @@ class Collector:
     @property
     def trained(self) -> set[Instance]:
         """Sites that a sampled training step has gone through, the step under way included."""
-        return self._trained.union(*(s.instances for s in self._samples if s.is_training()))
+        with self._arriving:
+            samples = list(self._samples)
+        return self._trained.union(*(s.instances for s in samples if s.is_training()))
 
     def sample(self, sample: Sample) -> None:
         """A sampled forward pass ran; its gradients are still to come."""
-        if len(self._samples) >= MOST_SAMPLES:
-            self._samples.clear()
-            self.fail(
-                "counting steps", RuntimeError(f"{MOST_SAMPLES} samples and no optimizer step; they were dropped")
-            )
-        self._samples.append(sample)
+        self._arrive(self._samples, sample)
 
     def scalar(self, step: int, name: str, value: Any) -> None:
         """A number of the user's own, kept as it is until the step is over: a device tensor is not waited for."""
-        self._scalars.append((step, name, value.detach() if isinstance(value, torch.Tensor) else value))
+        self._arrive(self._scalars, (step, name, value.detach() if isinstance(value, torch.Tensor) else value))
+
+    def _arrive(self, waiting: list[Any], what: Any) -> None:
+        with self._arriving:
+            full = len(waiting) >= MOST_SAMPLES
+            if full:
+                waiting.clear()
+            waiting.append(what)
+        if full:
+            told = f"{MOST_SAMPLES} samples or logged numbers and no optimizer step; they were dropped"
+            self.fail("counting steps", RuntimeError(told))
 
     def before_optimizer(self, optimizer: Any) -> None:
         """``optimizer`` is about to make a sampled step."""
@@ -96,6 +110,7 @@ class Collector:
         """``optimizer`` made a sampled step: its learning rates and the norms of its gradients, still on the device."""
         for monitor in self.steps:
             self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
+        self._optimizer = {at: found for at, found in self._optimizer.items() if at >= step}  # others met no sample
         found = self._optimizer.setdefault(step, {"lr": [], "norms": []})
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         dense = [g for g in gradients if g.layout is torch.strided and type(g) in (torch.Tensor, torch.nn.Parameter)]
@@ -115,7 +130,7 @@ class Collector:
         sites = [instance.site for instance in self.instances]
         found: list[Reading] = []
         for monitor in self.each_step:
-            found += rounded(self._guarded(f"monitor {type(monitor).__name__}", monitor.update, step, sites) or [])
+            found += self._asked(monitor, step, sites)
         if readings := [reading for reading in found if self._wanted(reading.metric)]:
             self._unjudged |= {(reading.metric, reading.site): reading for reading in readings}
             self._guarded("writing to the store", self.store.write, step, readings)
@@ -133,23 +148,42 @@ class Collector:
         found = [Reading(metric, site, np.array(values)) for metric, site, values in state["unjudged"]]
         self._unjudged = {(reading.metric, reading.site): reading for reading in found}
 
+    def catch_up(self, step: int, *, wait: bool, upto: int | None = None) -> None:
+        """`weigh` the step before ``step`` and `finish` up to it, or to ``upto``. Another thread that is at it is waited for only
+        if asked to, as training must not be held up."""
+        if self._working.acquire(timeout=PATIENCE if wait else 0):
+            try:
+                self.weigh(step - 1)
+                self.finish(step if upto is None else upto)
+            finally:
+                self._working.release()
+
     def finish(self, upto: int) -> None:
         """Work off every step before ``upto``."""
         if not self._samples and not self._scalars:
             return
         start = time.perf_counter()
         try:
-            steps = sorted({s.step for s in self._samples} | {step for step, _, _ in self._scalars})
+            with self._arriving:
+                steps = sorted({s.step for s in self._samples} | {step for step, _, _ in self._scalars})
             for step in [step for step in steps if step < upto]:
                 self._finish_step(step)
         finally:
             self.seconds += time.perf_counter() - start
 
+    def flush(self, now: bool = True) -> None:
+        """Have the store write down what it holds, and tell what became of it."""
+        self._unwritten = 0
+        self._guarded("writing to the store", self.store.flush, now)
+        for what, error in self._guarded("writing to the store", self.store.troubles) or ():
+            self.fail(what, error)
+
     def _finish_step(self, step: int) -> None:
-        samples = [s for s in self._samples if s.step == step]
-        self._samples = [s for s in self._samples if s.step != step]
-        scalars = [(name, value) for at, name, value in self._scalars if at == step]
-        self._scalars = [entry for entry in self._scalars if entry[0] != step]
+        with self._arriving:
+            samples = [s for s in self._samples if s.step == step]
+            self._samples[:] = [s for s in self._samples if s.step != step]
+            scalars = [(name, value) for at, name, value in self._scalars if at == step]
+            self._scalars[:] = [entry for entry in self._scalars if entry[0] != step]
         readings = []
         for name, value in scalars:
             number = self._guarded(f"reading the logged `{name}`", float, value)
@@ -161,7 +195,9 @@ class Collector:
         self._guarded("writing to the store", self.store.write, step, readings)
         if training:
             self._judge(step, readings)
-            self._guarded("writing to the store", self.store.flush)
+        self._unwritten += 1
+        if training or self._unwritten >= UNWRITTEN:
+            self.flush(now=False)
 
     def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
         readings = []
@@ -173,13 +209,11 @@ class Collector:
         readings += self._optimizer_readings(step)
         sites = self._sites()
         for monitor in self.weights:
-            name = type(monitor).__name__
-            readings += self._guarded(f"monitor {name}", monitor.update, step, sites) or []
+            readings += self._asked(monitor, step, sites)
         readings = rounded(readings)
         by_id = {site.id: site for site in sites}
         for law in self.derived:
-            name = type(law).__name__
-            readings += rounded(self._guarded(f"monitor {name}", law.update, step, readings, by_id) or [])
+            readings += self._asked(law, step, readings, by_id)
         return [reading for reading in readings if self._wanted(reading.metric)]
 
     def _finished(self, instance: Instance, quantities: Mapping[tuple[str, str], Array]) -> list[Reading]:
@@ -188,7 +222,7 @@ class Collector:
         for probe in instance.probes:
             own = {name: values for (of, name), values in quantities.items() if of == probe.name}
             what = f"probe `{probe.name}` at {instance.site.id}"
-            made = self._guarded(what, probe.finish, instance.facts, own) if own else None
+            made = self._guarded(what, _finish, probe, instance, own) if own else None
             for name, values in (made or {}).items():
                 if name in found:
                     told = f"another probe records {name} there already; give the metric a name of its own"
@@ -241,12 +275,24 @@ class Collector:
         for alarm in raised:
             self.on_alarm(alarm)
 
+    def _asked(self, monitor: Any, *args: Any) -> list[Reading]:
+        """What a monitor says, as the store keeps it; nothing if it fails or says what is no reading."""
+        found: list[Reading] | None = self._guarded(
+            f"monitor {type(monitor).__name__}", lambda: rounded(monitor.update(*args) or ())
+        )
+        return found or []
+
     def _guarded(self, what: str, work: Callable[..., Any], *args: Any) -> Any:
         try:
             return work(*args)
         except Exception as error:
             self.fail(what, error)
             return None
+
+
+def _finish(probe: Probe, instance: Instance, own: Mapping[str, Array]) -> dict[str, Array]:
+    made = probe.finish(instance.facts, own)
+    return {name: np.asarray(values, np.float64).reshape(-1) for name, values in made.items()}
 
 
 def rounded(readings: Sequence[Reading]) -> list[Reading]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -63,6 +64,7 @@ class Instances:
         self.parameter_ids: set[int] = set()
         self._by_key: dict[tuple[Any, ...], Instance] = {}
         self._ids: set[str] = set()
+        self.lock = threading.RLock()  # to hold over `resolve`: calls of watched graphs may come from several threads
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(list(self._by_key.values()))

@@ -119,6 +119,7 @@ class Watch:
         self._fallbacks = Fallbacks()
         self._finished = 0
         self._closed = False
+        self._process = os.getpid()
         self._started = time.perf_counter()
         self.rewriting_seconds = 0.0
         store: Store = MemoryStore() if self.settings.run is None else RunStore(of_this_rank(self.settings.run))
@@ -213,13 +214,13 @@ class Watch:
         try:
             store.meta(steps=self.step, cost=self.cost())
             store.coverage(self.coverage)
-            store.flush()
         except Exception as error:
             self.fail("writing to the store", error)
+        self.collector.flush()
 
     def cost(self) -> dict[str, str]:
         """What watching took on the host so far, beside the wall clock; the sampled steps' own extra work is not in it."""
-        wall = time.perf_counter() - self._started
+        wall = max(1e-9, time.perf_counter() - self._started)
         own = {"matching and rewriting": self.rewriting_seconds, "measuring, judging, storing": self.collector.seconds}
         shares = {name: f"{seconds:.2f} s ({seconds / wall:.1%} of the wall clock)" for name, seconds in own.items()}
         sampled = sum(instance.sampled for instance in self.instances)
@@ -228,12 +229,11 @@ class Watch:
 
     def close(self) -> None:
         """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""
-        if self._closed:
+        if self.closed or self.acting.closing:
             return
         self.acting.closing = True
         try:
-            self._catch_up()
-            self.collector.finish(_EVERYTHING)
+            self.collector.catch_up(self.clock.step, wait=True, upto=_EVERYTHING)
             self.flush()
             self.acting.settle()
         finally:
@@ -283,8 +283,8 @@ class Watch:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+        """Whether `close` was called, or this process was forked from the one that watches."""
+        return self._closed or os.getpid() != self._process
 
     # -- what the other rooms call -----------------------------------------------------------------------------------
 
@@ -296,13 +296,16 @@ class Watch:
 
     def begin_forward(self) -> bool:
         """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
-        if self._closed:
+        if self.closed:
             return False
         if _torch.in_backward():
             return self.is_sampled(self.clock.forward_step)
         self.clock.forward()
         if self.clock.step != self._finished:
-            self._catch_up()
+            try:
+                self._catch_up(wait=False)
+            except Exception as error:
+                self.fail("working off a step", error)
             self.acting.settle()
         return self.is_sampled(self.clock.step)
 
@@ -324,7 +327,11 @@ class Watch:
         if self.settings.strict:
             raise error
         if what not in self._reported:
-            self._reported[what] = f"{what}: {type(error).__name__}: {error}"
+            try:
+                told = str(error)
+            except Exception:
+                told = "an error that cannot say what it is"
+            self._reported[what] = f"{what}: {type(error).__name__}: {told}"
             _log.warning("%s (training goes on)", self._reported[what])
 
     def _stop(self) -> None:
@@ -336,12 +343,14 @@ class Watch:
         told = {i: (NEVER_TRAINED,) if i in untrained else self.masters.notes(i.site) for i in self.instances}
         return tuple(instance.status(more) for instance, more in told.items())
 
-    def _catch_up(self) -> None:
-        self._finished = self.clock.step
-        self.collector.weigh(self.clock.step - 1)
-        self.collector.finish(self.clock.step)
+    def _catch_up(self, wait: bool = True) -> None:
+        if not self.closed:
+            self._finished = self.clock.step
+            self.collector.catch_up(self.clock.step, wait=wait)
 
     def _before_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self.closed:
+            return
         try:
             concerned = self.clock.concerns(optimizer, self.instances.parameter_ids)
             if concerned and self.is_sampled(self.clock.forward_step):
@@ -350,10 +359,12 @@ class Watch:
             self.fail("reading the optimizer", error)
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.masters.met(optimizer)
-        if not self.clock.concerns(optimizer, self.instances.parameter_ids):
+        if self.closed:
             return
         try:
+            self.masters.met(optimizer)
+            if not self.clock.concerns(optimizer, self.instances.parameter_ids):
+                return
             if self.is_sampled(self.clock.forward_step):
                 self.collector.optimizer(self.clock.forward_step, optimizer)
         except Exception as error:
