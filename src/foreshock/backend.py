@@ -62,6 +62,9 @@ class Backend:
 
     def _watched(self, gm: GraphModule, inputs: list[Any], inner: Callable[..., Compiled]) -> WatchedGraph | None:
         watch, start = self._watch, time.perf_counter()
+        if any("foreshock" in node.meta for node in gm.graph.nodes):
+            watch.note_unmatched("a graph that another watch has rewritten already was left as it is")
+            return None
         copied, _ = copy_graph(gm)
         expand(copied)
         view = GraphView.of(copied.graph, inputs, watch.instances.name_of, _torch.root_module())

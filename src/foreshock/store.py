@@ -94,7 +94,7 @@ class RunStore(Tables):
         self._coverage: Coverage | None = None
         self._meta: dict[str, Any] = {}
         self._troubles: list[tuple[str, Exception]] = []
-        self._writing = self._failing = False
+        self._busy = self._failing = False  # busy: a signal handler that comes in between finds all as it is, and leaves it so
         self._failed_at = self._rest = 0.0
         self._forget()
         _stores().add(self)
@@ -102,7 +102,11 @@ class RunStore(Tables):
     def write(self, step: int, readings: Sequence[Reading]) -> None:
         """Buffer the readings of a step; a later one of the same series and step wins."""
         with self._lock:
-            self._pending.add(step, readings)
+            busy, self._busy = self._busy, True
+            try:
+                self._pending.add(step, readings)
+            finally:
+                self._busy = busy
             if self._failing:
                 before = self._pending.lost
                 self._pending.trim()
@@ -136,12 +140,12 @@ class RunStore(Tables):
         ``now=False`` leaves a disk that refused a short while ago in peace.
         """
         with self._lock:
-            if self._writing:  # a signal handler's, in the middle of another flush, which goes on afterwards
+            if self._busy:
                 return
             began = time.monotonic()
             if not now and self._failing and 0 <= began - self._failed_at < self._rest:
                 return
-            self._writing = True
+            self._busy = True
             try:
                 self._write_all()
             except BaseException as error:
@@ -155,7 +159,7 @@ class RunStore(Tables):
                     f"the newest {MOST_BYTES >> 20} MiB of readings are kept in memory until then"
                 ) from error
             finally:
-                self._writing = False
+                self._busy = False
             self._failing = False
             self._pending.clear()
             self._alarms, self._coverage, self._meta = [], None, {}
@@ -163,6 +167,8 @@ class RunStore(Tables):
     def close(self) -> None:
         """Flush and let go of the file; a store that is written again opens it again."""
         with self._lock:
+            if self._busy:
+                return
             try:
                 if self._pending.rows or self._alarms or self._coverage or self._meta:
                     self.flush()
@@ -207,9 +213,7 @@ class RunStore(Tables):
     def _write_all(self) -> None:
         if os.getpid() != self._process:
             raise RunError(f"writing {self.path}: this process was forked from the one that writes it, and writes nothing")
-        db = self._connection()
-        if self._file != _identity(self.path):
-            db = self._renewed(db)
+        db = self._writable()
         if self._pending.lost:
             self._meta["steps_lost"] = self._pending.lost
         db.execute("BEGIN IMMEDIATE")
@@ -219,37 +223,55 @@ class RunStore(Tables):
         self._compact(db, COMPACT)
         db.execute("COMMIT")
 
-    def _renewed(self, gone: sqlite3.Connection) -> sqlite3.Connection:
-        """The file was deleted or replaced while open: begin it anew, with what the open handle still holds."""
+    def _connection(self) -> sqlite3.Connection:
+        assert self._db is not None
+        return self._db
+
+    def _writable(self) -> sqlite3.Connection:
+        """The file, open and known. After a failure it is opened anew; the old handle, which can still read it, goes last."""
+        if self._db is not None and self._file != _identity(self.path):
+            self._restore(self._db)
+        elif self._db is None or self._failing:
+            self._take(self._opened())
+        assert self._db is not None
+        if not self._known:
+            self._remember(self._db)
+        return self._db
+
+    def _opened(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        try:
+            if (found := db.execute("PRAGMA user_version").fetchone()[0]) > FORMAT:
+                raise damaged(self.path, sqlite3.Error(f"format {found}, this foreshock writes {FORMAT}"))
+            db.executescript(SCHEMA)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _take(self, db: sqlite3.Connection) -> None:
+        self._let_go()
+        file = _identity(self.path)
+        if self._file != file:
+            self._forget()
+        self._db, self._file = db, file
+
+    def _restore(self, gone: sqlite3.Connection) -> None:
+        """The file was deleted or replaced while open: make it anew, with what the open handle still holds."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
-            copy = sqlite3.connect(self.path)
+            partial = self.path.with_suffix(".partial")
+            partial.unlink(missing_ok=True)
+            copy = sqlite3.connect(partial)
             try:
                 gone.backup(copy)
             finally:
                 copy.close()
-        self._let_go()
-        self._forget()
-        db = self._connection()
+            partial.rename(self.path)
+        self._take(self._opened())
         told = f"{self.path} was deleted or replaced while it was written; it was made anew, with what it held"
         self._troubles.append(("keeping the run's file", RunError(told)))
-        return db
-
-    def _connection(self) -> sqlite3.Connection:
-        if self._db is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
-            try:
-                if (found := db.execute("PRAGMA user_version").fetchone()[0]) > FORMAT:
-                    raise damaged(self.path, sqlite3.Error(f"format {found}, this foreshock writes {FORMAT}"))
-                db.executescript(SCHEMA)
-                if self._file != (file := _identity(self.path)) or not self._known:
-                    self._remember(db)
-            except BaseException:
-                db.close()
-                raise
-            self._db, self._file = db, file
-        return self._db
 
     def _forget(self) -> None:
         self._known = False  # whether the following is what the file holds
@@ -267,12 +289,13 @@ class RunStore(Tables):
         self._known = True
 
     def _rollback(self) -> None:
-        """Undo the transaction and what was remembered of it: the next flush opens the file anew."""
+        """Undo the transaction and forget what was remembered of it. The handle stays, for the file may still be read."""
         self._forget()
-        lost = self._db is not None and self._file != _identity(self.path)
-        if lost and self._db is not None and not self._db.in_transaction:
-            return  # the open handle is all that is left of a deleted file
-        self._let_go()
+        if self._db is not None and self._db.in_transaction:
+            try:
+                self._db.execute("ROLLBACK")
+            except sqlite3.Error:
+                self._let_go()
 
     def _let_go(self) -> None:
         if self._db is not None:
@@ -353,7 +376,7 @@ def _stores() -> weakref.WeakSet[RunStore]:
         forking.held = list(known)
         for store in forking.held:
             store._lock.acquire()
-            if not store._writing:
+            if not store._busy:
                 store._let_go()
 
     def after() -> None:
