@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -212,66 +209,3 @@ def test_a_locked_file_is_not_waited_for_at_every_step(tmp_path) -> None:
     store.close()
     with open_run(tmp_path) as run:
         assert run.series("run/loss")[0].tolist() == list(range(50))
-
-
-LIMITED = """
-import resource, sys
-from training import Loop, identical
-from foreshock import Watch
-import foreshock.store
-plain = Loop("aot_eager").run()
-watch = Watch(sys.argv[1], every=1, inner="aot_eager")
-def between(loop, step):
-    if step == 3:  # whatever was written by now may stay; not a byte may be added to any file
-        watch.flush()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-got = Loop(watch.backend).run(between)
-assert identical(got, plain)
-assert watch.series("attention/q_rms")[0].tolist() == [0, 1, 2, 3, 4, 5]
-(listed,) = watch.coverage.warnings
-assert listed.startswith("writing to the store"), listed
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-watch.close()
-"""
-
-FORBIDDEN = """
-import os, sys
-from training import Loop, identical
-from foreshock import Watch
-plain = Loop("aot_eager").run()
-watch = Watch(sys.argv[1], every=1, inner="aot_eager")
-def between(loop, step):
-    if step == 3:
-        os.seteuid(65534)  # from here on nothing under the run's folder can be reached by its name
-got = Loop(watch.backend).run(between)
-assert identical(got, plain)
-assert watch.series("attention/q_rms")[0].tolist() == [0, 1, 2, 3, 4, 5]
-(listed,) = watch.coverage.warnings
-assert listed.startswith("writing to the store") and "ermission" in listed, listed
-os.seteuid(0)
-watch.close()
-"""
-
-
-def _alone(script: str, *args: object) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, env=environment, check=False
-    )
-
-
-def test_a_real_file_that_may_not_grow(tmp_path) -> None:
-    done = _alone(LIMITED, tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    with open_run(tmp_path / "run") as stored:
-        assert stored.series(ATTENTION)[0].tolist() == list(range(STEPS))
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="gives up root's rights over a folder")
-def test_a_folder_whose_permissions_are_lost(tmp_path) -> None:
-    tmp_path.chmod(0o700)
-    done = _alone(FORBIDDEN, tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    with open_run(tmp_path / "run") as stored:
-        assert stored.series(ATTENTION)[0].tolist() == list(range(STEPS))
