@@ -106,7 +106,9 @@ def soak(steps: int, look: int, inner: str, plain: bool, folder: Path) -> Soak:
         found.slopes[name] = slope(found.steps, getattr(found, name))
     first, last = min(types), max(types)
     more = types[last] - types[first]
-    found.growing = {name: 1000 * count / (last - first) for name, count in more.most_common(12)} if last > first else {}
+    found.growing = (
+        {name: 1000 * count / (last - first) for name, count in more.most_common(12)} if last > first else {}
+    )
     return found
 
 

@@ -87,7 +87,20 @@ class Elementwise(Step):
                 return x
 
 
-ELEMENTWISE = ["gelu", "dropout", "norm", "rms", "residual", "frozen", "views", "gather", "scatter", "softmax", "in place", "index"]
+ELEMENTWISE = [
+    "gelu",
+    "dropout",
+    "norm",
+    "rms",
+    "residual",
+    "frozen",
+    "views",
+    "gather",
+    "scatter",
+    "softmax",
+    "in place",
+    "index",
+]
 
 
 class Attention(Step):
@@ -103,10 +116,8 @@ class Attention(Step):
                 one.requires_grad_(False)
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        if self.fused:
-            rows = project(self.spelling, x, self.w[0]).chunk(3, -1)
-        else:
-            rows = [project(self.spelling, x, w) for w in self.w]
+        apart = [project(self.spelling, x, w) for w in self.w]
+        rows = apart[0].chunk(3, -1) if self.fused else apart
         if self.heads_by == "view":
             q, k, v = (y.view(*y.shape[:2], HEADS, -1).transpose(1, 2) for y in rows)
         else:
@@ -119,7 +130,9 @@ class Attention(Step):
             bias = torch.zeros(allowed.shape).masked_fill(~allowed, float("-inf"))
             out = functional.scaled_dot_product_attention(q, k, v, **given.get(self.mask, {"attn_mask": bias}))
         else:
-            logits = q @ k.transpose(-2, -1) / 2.0 if self.form == "written" else torch.einsum("bhid,bhjd->bhij", q * 0.5, k)
+            logits = (
+                q @ k.transpose(-2, -1) / 2.0 if self.form == "written" else torch.einsum("bhid,bhjd->bhij", q * 0.5, k)
+            )
             if self.mask == "bool":
                 logits = logits.masked_fill(~allowed, float("-inf"))
             elif self.mask == "float":

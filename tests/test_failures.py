@@ -60,13 +60,13 @@ def _boom(*args, **kwargs):
     raise RuntimeError(BOOM)
 
 
-class _Speechless(Exception):
+class _SpeechlessError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("this cannot be said")
 
 
 def _speechless(*args, **kwargs):
-    raise _Speechless
+    raise _SpeechlessError
 
 
 def _boom_at_run_time(facts, tensors, gradients):

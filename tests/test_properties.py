@@ -19,7 +19,7 @@ from foreshock._torch import lookup_backend
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COMMON = {"deadline": None, "database": None, "suppress_health_check": [*HealthCheck], "print_blob": True}
-FEW = settings(**COMMON, max_examples=10, derandomize=True)
+FEW = settings(**COMMON, max_examples=8, derandomize=True)
 MANY = settings(**COMMON, max_examples=300, derandomize="CI" in os.environ)
 
 Graph = list[tuple[str, str]]
@@ -78,7 +78,10 @@ def _check(program: Program, inner: str) -> None:
     plain = Recording(inner)
     expected = _results(program, _compiled(program, plain))
     recording = Recording(inner)
-    with Watch(every=1, inner=recording, strict=True) as behind, Watch(every=1, inner=behind.backend, strict=True) as watch:
+    with (
+        Watch(every=1, inner=recording, strict=True) as behind,
+        Watch(every=1, inner=behind.backend, strict=True) as watch,
+    ):
         matches: list[str] = []
         watch.on_match = lambda view, match: matches.append(match.kind)
         got = _results(program, _compiled(program, watch.backend))

@@ -1,4 +1,4 @@
-"""A small model with an attention and a router, and a training loop that tells everything about itself: what chaos is compared by."""
+"""A small model with an attention and a router, and a training loop that tells all about itself: what chaos is held against."""
 
 from __future__ import annotations
 

@@ -94,7 +94,9 @@ class RunStore(Tables):
         self._coverage: Coverage | None = None
         self._meta: dict[str, Any] = {}
         self._troubles: list[tuple[str, Exception]] = []
-        self._busy = self._failing = False  # busy: a signal handler that comes in between finds all as it is, and leaves it so
+        self._busy = self._failing = (
+            False  # busy: a signal handler that comes in between finds all as it is, and leaves it so
+        )
         self._failed_at = self._rest = 0.0
         self._forget()
         _stores().add(self)
@@ -212,7 +214,9 @@ class RunStore(Tables):
 
     def _write_all(self) -> None:
         if os.getpid() != self._process:
-            raise RunError(f"writing {self.path}: this process was forked from the one that writes it, and writes nothing")
+            raise RunError(
+                f"writing {self.path}: this process was forked from the one that writes it, and writes nothing"
+            )
         db = self._writable()
         if self._pending.lost:
             self._meta["steps_lost"] = self._pending.lost

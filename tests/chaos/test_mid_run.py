@@ -1,4 +1,4 @@
-"""What users do to a model while it trains, and what numbers can become: parameters and losses stay bitwise those of a plain run."""
+"""What users do to a model while it trains, and what numbers can become: parameters and losses stay those of a plain run."""
 
 from __future__ import annotations
 
@@ -85,7 +85,14 @@ CHANGES: dict[str, Callable[[Loop], None]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "every"), [*((change, 1) for change in CHANGES), ("new shapes", 2), ("float64", 2)])
+SLOW = ("one token", "compiled again", "evaluated on nothing", "float64")
+
+
+@pytest.mark.parametrize(
+    ("change", "every"),
+    [pytest.param(change, 1, marks=[pytest.mark.slow] * (change in SLOW)) for change in CHANGES]
+    + [("new shapes", 2), pytest.param("float64", 2, marks=pytest.mark.slow)],
+)
 def test_a_change_in_mid_run(warnings_logged, change: str, every: int) -> None:
     plain = Loop("aot_eager").run(at_half(CHANGES[change]))
     with Watch(every=every, inner="aot_eager") as watch:
@@ -124,8 +131,14 @@ def _spoil(value: float, where: str) -> Callable[[Loop], None]:
 
 @pytest.mark.parametrize(
     ("value", "where"),
-    [(float("nan"), where) for where in ("inputs", "gradients", "qkv.weight", "gate.weight")]
-    + [(float("inf"), "inputs"), (-float("inf"), "qkv.weight")],
+    [
+        (float("nan"), "inputs"),
+        (float("nan"), "gradients"),
+        (-float("inf"), "qkv.weight"),
+        pytest.param(float("nan"), "gate.weight", marks=pytest.mark.slow),
+        pytest.param(float("nan"), "qkv.weight", marks=pytest.mark.slow),
+        pytest.param(float("inf"), "inputs", marks=pytest.mark.slow),
+    ],
 )
 def test_numbers_that_are_none(value: float, where: str) -> None:
     """They are alarms, and nothing of foreshock's fails over them."""
@@ -240,7 +253,9 @@ def test_clocks_that_run_backwards(monkeypatch: pytest.MonkeyPatch, warnings_log
     assert warnings_logged() == []
 
 
-def test_a_steps_samples_do_not_wait_for_steps_that_never_come(monkeypatch: pytest.MonkeyPatch, warnings_logged) -> None:
+def test_a_steps_samples_do_not_wait_for_steps_that_never_come(
+    monkeypatch: pytest.MonkeyPatch, warnings_logged
+) -> None:
     """Without a torch optimizer there is no clock: what waits for a step's end is bounded, and said to be dropped."""
     monkeypatch.setattr("foreshock.collector.MOST_SAMPLES", 16)
     with Watch(every=1, inner="aot_eager") as watch:
