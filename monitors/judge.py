@@ -139,7 +139,10 @@ class Judge:
         self, detector: Detector, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]
     ) -> Sequence[Finding]:
         try:
-            return detector.update(step, readings, sites)
+            found = list(detector.update(step, readings, sites))
+            if strange := [one for one in found if not isinstance(one, Finding)]:
+                raise TypeError(f"it returned {type(strange[0]).__name__}; give a list of Finding")
+            return found
         except Exception as error:
             if self._on_error is None:
                 raise

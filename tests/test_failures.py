@@ -33,11 +33,13 @@ class Layer(nn.Module):
 
 
 def _train(backend, after=lambda step, loss: None, before_step=lambda: None) -> list[Tensor]:
+    """Losses and, behind them, the parameters."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Layer()
     compiled = torch.compile(model, backend=backend)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
     for step in range(STEPS):
         loss = compiled(torch.randn(2, 5, 8)).square().mean()
         optimizer.zero_grad()
@@ -45,7 +47,8 @@ def _train(backend, after=lambda step, loss: None, before_step=lambda: None) -> 
         before_step()
         optimizer.step()
         after(step, loss)
-    return [p.detach().clone() for p in model.parameters()]
+        losses.append(loss.detach())
+    return [*losses, *(p.detach().clone() for p in model.parameters())]
 
 
 @pytest.fixture
@@ -55,6 +58,15 @@ def plain(one_thread) -> list[Tensor]:
 
 def _boom(*args, **kwargs):
     raise RuntimeError(BOOM)
+
+
+class _SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("this cannot be said")
+
+
+def _speechless(*args, **kwargs):
+    raise _SpeechlessError
 
 
 def _boom_at_run_time(facts, tensors, gradients):
@@ -100,6 +112,13 @@ class _Alarming(_Broken):
     def update(self, step, readings, sites):
         site = next(iter(sites))
         return [Finding(step, step, site, "attention/nonfinite", 1.0, "none", +1, 10.0, 0)]
+
+
+class _Strange(_Broken):
+    """A monitor, detector and sink that returns what it should not."""
+
+    def update(self, *args):
+        return ["no reading"]
 
 
 class _Store(MemoryStore):
@@ -169,9 +188,10 @@ def _of_failures(messages: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("cause", CAUSES)
-def test_training_goes_on_and_the_cause_is_told_once(plain, warnings_logged, cause: str) -> None:
+def test_training_goes_on_and_the_cause_is_told_once(one_thread, warnings_logged, cause: str) -> None:
     options, begins, recorded = CAUSES[cause]
-    with _watch(options()) as watch:
+    plain = _train("aot_eager")
+    with _watch({"inner": "aot_eager", **options()}) as watch:
         trained = _train(watch.backend)
         watch.flush()
         metrics = watch.metrics()
@@ -196,6 +216,7 @@ def test_strict_raises_it(one_thread, cause: str) -> None:
         _run_strict(watch)
     with pytest.MonkeyPatch.context() as patch:  # whatever was broken is not broken in the next test
         patch.setattr(watch, "fail", lambda what, error: None)
+        patch.setattr(watch.collector, "fail", lambda what, error: None)
         watch.close()
 
 
@@ -222,6 +243,28 @@ def test_a_logged_value_that_is_no_number(plain, warnings_logged, value) -> None
     assert all(torch.equal(got, expected) for got, expected in zip(trained, plain, strict=True))
     (message,) = _of_failures(warnings_logged())
     assert message.startswith("reading the logged `odd`")
+
+
+@pytest.mark.parametrize(
+    ("options", "begins"),
+    [
+        ({"monitors": [_Strange("")]}, "monitor _Strange"),
+        ({"detectors": [_Strange("")]}, "detector _Strange"),
+        (_probe(finish=lambda facts, quantities: ["no metric"]), "probe `attention`"),
+        (_probe(finish=lambda facts, quantities: {"attention/q_rms": "no number"}), "probe `attention`"),
+        ({"on_alarm": _speechless, "detectors": [_Alarming("")]}, "calling on_alarm"),
+    ],
+    ids=["monitor", "detector", "probe", "metric", "error without words"],
+)
+def test_what_makes_no_sense_is_told_and_the_rest_is_recorded(plain, warnings_logged, options, begins: str) -> None:
+    with _watch(options) as watch:
+        trained = _train(watch.backend, after=lambda step, loss: watch.log(loss=loss))
+        assert len(watch.series("run/loss")[0]) == STEPS
+        assert len(watch.series("optim/lr")[0]) == STEPS
+        assert ("attention/q_rms" in watch.metrics()) is not begins.startswith("probe")
+    assert all(torch.equal(got, expected) for got, expected in zip(trained, plain, strict=True))
+    (message,) = _of_failures(warnings_logged())
+    assert message.startswith(begins)
 
 
 def test_two_causes_are_two_warnings(plain, warnings_logged) -> None:

@@ -76,6 +76,13 @@ def resumed(context: Any) -> Iterator[None]:
         yield
 
 
+def compiling() -> Any:
+    """The lock under which Dynamo compiles, for what is compiled outside of a capture. Checked on 2.13."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    return compile_lock
+
+
 def compile_fx(options: dict[str, Any] | None, mode: str | None) -> Callable[[Any, Any], Any]:
     """Inductor with the ``mode`` and ``options`` of `torch.compile`. Checked on 2.13."""
     from torch import _TorchCompileInductorWrapper

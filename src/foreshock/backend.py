@@ -62,6 +62,9 @@ class Backend:
 
     def _watched(self, gm: GraphModule, inputs: list[Any], inner: Callable[..., Compiled]) -> WatchedGraph | None:
         watch = self._watch
+        if any("foreshock" in node.meta for node in gm.graph.nodes):
+            watch.note_unmatched("a graph that another watch has rewritten already was left as it is")
+            return None
         with watch.costs.of(REWRITING):
             copied, _ = copy_graph(gm)
             expand(copied)
@@ -154,6 +157,10 @@ class Backend:
             known = cache.get(key)
             if known is not None and all(instance.is_live() for instance in known):
                 return known
+            with instances.lock:
+                return resolve_anew(args, key)
+
+        def resolve_anew(args: Sequence[Any], key: tuple[int, ...]) -> list[Instance]:
             found: list[Instance] = []
             beside: dict[Any, list[set[str]]] = {}
             instances.parameter_ids.update(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))

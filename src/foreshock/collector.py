@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,17 +12,19 @@ import torch
 from foreshock.config import FAMILIES
 from foreshock.cost import ACTIONS, AROUND, LOGGED, SAMPLING, SPECTRA, Costs
 from foreshock.errors import ConfigError, ForeshockError
+from foreshock.gradients import Gradients, with_gradient_norm
 from foreshock.instances import Instance, Instances
 from foreshock.merging import Merging
 from foreshock.monitors.metrics import family
-from foreshock.records import Alarm, Array, Coverage, Reading, Site
+from foreshock.records import Alarm, Array, Coverage, Probe, Reading, Site
 from foreshock.runtime import Merged, Sample
-from foreshock.shards import Local, Loose, squares
+from foreshock.shards import Local, Loose, placed
 
 # A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
 MOST_SAMPLES = 20_000
-GRADIENT_NORM = "optim/grad_norm"
-SHARDS = "optim/grad_square_of_shards"  # on its way to that norm
+PATIENCE = 30.0  # seconds that a question waits for another thread which works off a step
+UNWRITTEN = 64  # steps with logged numbers alone, before they are written down
+Key = tuple[str, str | None]
 Fail = Callable[[str, Exception], None]
 
 
@@ -34,7 +36,8 @@ class Store(Protocol):
     def alarm(self, alarm: Alarm) -> None: ...
     def coverage(self, coverage: Coverage) -> None: ...
     def meta(self, **values: Any) -> None: ...
-    def flush(self) -> None: ...
+    def flush(self, now: bool = ...) -> None: ...
+    def troubles(self) -> list[tuple[str, Exception]]: ...
     def close(self) -> None: ...
     def series(self, metric: str, site: str | None = None) -> tuple[Array, Array]: ...
     def metrics(self) -> list[str]: ...
@@ -68,34 +71,43 @@ class Collector:
         self.on_alarm, self.fail = on_alarm, fail
         self.alarms: list[Alarm] = []
         self.costs = Costs() if costs is None else costs
+        self._arriving = threading.Lock()  # forward passes may run in several threads; held for a moment only
+        self.working = threading.RLock()
+        self._unwritten = 0
         self._samples: list[Sample] = []
         self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
-        self._optimizer: dict[int, dict[str, list[Any]]] = {}
+        self._gradients = Gradients()
         self._weighed = -1
         self._verdicts: dict[str, bool] = {}  # by metric, whether its family is recorded
         self._unjudged: dict[tuple[str, str | None], Reading] = {}  # of the weights, since the last judged step
         self.merging: Merging | None = None  # where the job has several ranks
         self._loose: dict[tuple[int, str, str | None], Array] = {}  # since the last flush, by step, metric and site
-        self._ranks: Mapping[tuple[str, str | None], Array] = {}  # where a law was broken worst
 
     @property
     def trained(self) -> set[Instance]:
         """Sites that a sampled training step has gone through, the step under way included."""
-        return self._trained.union(*(s.instances for s in self._samples if s.is_training()))
+        with self._arriving:
+            samples = list(self._samples)
+        return self._trained.union(*(s.instances for s in samples if s.is_training()))
 
     def sample(self, sample: Sample) -> None:
         """A sampled forward pass ran; its gradients are still to come."""
-        if len(self._samples) >= MOST_SAMPLES:
-            self._samples.clear()
-            self.fail(
-                "counting steps", RuntimeError(f"{MOST_SAMPLES} samples and no optimizer step; they were dropped")
-            )
-        self._samples.append(sample)
+        self._arrive(self._samples, sample)
 
     def scalar(self, step: int, name: str, value: Any) -> None:
         """A number of the user's own, kept as it is until the step is over: a device tensor is not waited for."""
-        self._scalars.append((step, name, value.detach() if isinstance(value, torch.Tensor) else value))
+        self._arrive(self._scalars, (step, name, value.detach() if isinstance(value, torch.Tensor) else value))
+
+    def _arrive(self, waiting: list[Any], what: Any) -> None:
+        with self._arriving:
+            full = len(waiting) >= MOST_SAMPLES
+            if full:
+                waiting.clear()
+            waiting.append(what)
+        if full:
+            told = f"{MOST_SAMPLES} samples or logged numbers and no optimizer step; they were dropped"
+            self.fail("counting steps", RuntimeError(told))
 
     def before_optimizer(self, optimizer: Any) -> None:
         """``optimizer`` is about to make a sampled step."""
@@ -111,13 +123,7 @@ class Collector:
     def _read_optimizer(self, step: int, optimizer: Any) -> None:
         for monitor in self.steps:
             self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
-        found = self._optimizer.setdefault(step, {"lr": [], "norms": [], "squares": []})
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        dense = [g for g in gradients if g.layout is torch.strided and type(g) in (torch.Tensor, torch.nn.Parameter)]
-        found["lr"] += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
-        if dense:
-            found["norms"].append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense))))
-        found["squares"] += squares(gradients)
+        self._gradients.read(step, optimizer)
 
     def weigh(self, step: int) -> None:
         """``step`` is over and its weights stand: ask the monitors that spread their work over the steps.
@@ -134,7 +140,7 @@ class Collector:
         sites = [instance.site for instance in self.instances]
         found: list[Reading] = []
         for monitor in self.each_step:
-            found += rounded(self._guarded(f"monitor {type(monitor).__name__}", monitor.update, step, sites) or [])
+            found += self._asked(monitor, step, sites)
         readings = [reading for reading in found if self._wanted(reading.metric)]
         if self.merging is not None:
             self._loose |= {(step, reading.metric, reading.site): reading.values for reading in readings}
@@ -157,121 +163,131 @@ class Collector:
 
     def rewind(self, step: int) -> None:
         """Training goes on at ``step``: what is under way is dropped, and what was recorded of that step and later, if any."""
-        self._samples, self._scalars = [], []
-        self._optimizer.clear()
+        with self._arriving:
+            self._samples.clear()
+            self._scalars.clear()
+        self._gradients.clear()
         if step > 0:
             self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
             self._guarded("writing to the store", self.store.rewind, step)
 
-    def flush(self) -> None:
-        """Write down what was worked off."""
-        self._guarded("writing to the store", self.store.flush)
+    def catch_up(self, step: int, *, wait: bool, upto: int | None = None) -> None:
+        """`weigh` the step before ``step`` and `finish` up to it, or to ``upto``. Another thread that is at it is waited for only
+        if asked to, as training must not be held up."""
+        if self.working.acquire(timeout=PATIENCE if wait else 0):
+            try:
+                self.weigh(step - 1)
+                self.finish(step if upto is None else upto)
+            finally:
+                self.working.release()
 
     def finish(self, upto: int) -> None:
         """Work off every step before ``upto``, unless all ranks do it together."""
         if self.merging is not None or not (self._samples or self._scalars):
             return
-        sampled = {s.step for s in self._samples}
-        for step in sorted(sampled | {step for step, _, _ in self._scalars}):
+        with self._arriving:
+            sampled, logged = {s.step for s in self._samples}, {step for step, _, _ in self._scalars}
+        for step in sorted(sampled | logged):
             if step < upto:
                 with self.costs.of(SAMPLING if step in sampled else LOGGED):
                     self._finish_step(step)
 
-    def exchange(self, sampled: Sequence[int], last: int | None = None) -> None:
-        """Every rank, at one place of its training: hear what was merged since, and begin to merge ``sampled`` steps.
+    def record(self, coverage: Callable[[], Coverage], **facts: Any) -> None:
+        """Write down the ledger, and facts about the run, with all that was worked off."""
+        self._guarded("writing to the store", lambda: self.store.meta(**facts))
+        self._guarded("writing to the store", lambda: self.store.coverage(coverage()))
+        self.flush()
 
-        ``last``: no step comes after this one; what was read beside the sampled ones is merged too, and all is heard. Raises what
-        the group raises when a rank is gone.
-        """
-        assert self.merging is not None
-        with self.costs.of(SAMPLING):
-            self.receive()
-            for step in sampled:
-                self.receive()
-                self.merging.launch(self._local(step))
-            if last is not None:
-                self.receive()
-                if last not in sampled:
-                    self.merging.launch(self._local(last))
-                    self.receive(judge=False)
+    def close(self) -> None:
+        """Let go of sinks and store."""
+        for sink in self.sinks:
+            self._guarded(f"sink {type(sink).__name__}", sink.close)
+        self._guarded("writing to the store", self.store.close)
 
-    def receive(self, judge: bool = True) -> None:
-        """Wait for the flush under way, if there is one, and judge what all ranks measured."""
-        if self.merging is None or not self.merging.in_flight:
-            return
-        with self.costs.of("merging ranks"):
-            whole = self.merging.receive()
-        self._ranks = whole.ranks
-        for step, readings in whole.readings:
-            kept = [reading for reading in rounded(readings) if self._wanted(reading.metric)]
-            if step < whole.step or not judge:
-                self._unjudged |= {(r.metric, r.site): r for r in kept if r.site is not None}
-                self._write(step, kept)
-            else:
-                self._conclude(step, rounded(self._with_gradient_norm(readings)), whole.sites)
+    def flush(self, now: bool = True) -> None:
+        """Have the store write down what it holds, and tell what became of it."""
+        self._unwritten = 0
+        self._charged("writing to the store", self.store.flush, now)
+        for what, error in self._guarded("writing to the store", self.store.troubles) or ():
+            self.fail(what, error)
 
-    def _local(self, step: int) -> Local:
+    def local(self, step: int) -> Local:
         """What this rank measured up to ``step`` and has not told yet."""
         samples = self._samples_of(step)
-        logged = [entry for entry in self._scalars if entry[0] <= step]
-        self._scalars = [entry for entry in self._scalars if entry[0] > step]
-        for at, name, value in logged:
-            number = self._guarded(f"reading the logged `{name}`", float, value)
-            if number is not None:
-                self._loose[at, f"run/{name}", None] = np.array([number])
+        for at in sorted({at for at, _, _ in self._scalars if at <= step}):
+            self._loose |= {(at, r.metric, r.site): r.values for r in self._logged(at)}
         sums: Merged = {}
         if samples:
             self.costs.settle()
             sums = self._charged("merging samples", _merged, samples) or {}
             beside = self._charged("merging samples", self._beside, step) or []
-            self._loose |= {(step, r.metric, r.site): r.values for r in rounded(beside)}
+            self._loose |= {(step, r.metric, r.site): r.values for r in beside}
         loose: dict[Loose, Array] = {(m, site, step - at): x for (at, m, site), x in self._loose.items() if at <= step}
         self._loose = {key: values for key, values in self._loose.items() if key[0] > step}
         return Local(step, sums, loose)
 
+    def note(self, step: int, readings: Sequence[Reading]) -> None:
+        """Store what was read at a step that is not judged; of the weights it is judged with the next that is."""
+        kept = [reading for reading in rounded(readings) if self._wanted(reading.metric)]
+        self._unjudged |= {(r.metric, r.site): r for r in kept if r.site is not None}
+        self._write(step, kept)
+
+    def conclude(
+        self,
+        step: int,
+        readings: Sequence[Reading],
+        sites: Mapping[str, Site],
+        ranks: Mapping[Key, Array] | None = None,
+    ) -> None:
+        """Derive, store and judge a step's readings. ``ranks``: where the worst of each was."""
+        readings = rounded(with_gradient_norm(readings))
+        for law in self.derived:
+            readings += self._asked(law, step, readings, sites)
+        readings = [reading for reading in readings if self._wanted(reading.metric)]
+        self._write(step, readings)
+        self._judge(step, readings, sites, ranks or {})
+        self.flush(now=False)
+
     def _finish_step(self, step: int) -> None:
-        scalars = [(name, value) for at, name, value in self._scalars if at == step]
-        self._scalars = [entry for entry in self._scalars if entry[0] != step]
+        readings, training = self._logged(step), self._samples_of(step)
+        if training:
+            self.costs.settle()
+            readings += self._charged("merging samples", self._measure, step, training) or []
+            self.conclude(step, readings, {site.id: site for site in self._sites()})
+            return
+        self._write(step, readings)
+        self._unwritten += 1
+        if self._unwritten >= UNWRITTEN:
+            self.flush(now=False)
+
+    def _logged(self, step: int) -> list[Reading]:
+        with self._arriving:
+            scalars = [(name, value) for at, name, value in self._scalars if at == step]
+            self._scalars[:] = [entry for entry in self._scalars if entry[0] != step]
         readings = []
         for name, value in scalars:
             number = self._guarded(f"reading the logged `{name}`", float, value)
             readings += [] if number is None else rounded([Reading(f"run/{name}", None, np.array([number]))])
-        training = self._samples_of(step)
-        if training:
-            self.costs.settle()
-            readings += rounded(self._charged("merging samples", self._measure, step, training) or [])
-            self._conclude(step, readings, {site.id: site for site in self._sites()})
-        else:
-            self._write(step, readings)
+        return readings
 
     def _samples_of(self, step: int) -> list[Sample]:
         """The training samples of ``step``; all of its samples are let go."""
-        found = [s for s in self._samples if s.step == step and s.is_training()]
-        self._samples = [s for s in self._samples if s.step != step]
+        with self._arriving:
+            found = [s for s in self._samples if s.step == step and s.is_training()]
+            self._samples[:] = [s for s in self._samples if s.step != step]
         self._trained.update(*(s.instances for s in found))
         return found
 
     def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
         readings = [r for instance, sums in _merged(samples).items() for r in self.finished(instance, sums)]
-        return self._with_gradient_norm([*readings, *self._beside(step)])
+        return [*readings, *self._beside(step)]
 
     def _beside(self, step: int) -> list[Reading]:
         """What is read once a step, of the optimizer and of the weights."""
-        readings = self._optimizer_readings(step)
+        readings = self._gradients.readings(step, None if self.merging is None else self.merging.world)
         for monitor in self.weights:
-            name = type(monitor).__name__
-            readings += self._charged(f"monitor {name}", monitor.update, step, self._sites()) or []
+            readings += self._asked(monitor, step, self._sites())
         return readings
-
-    def _conclude(self, step: int, readings: list[Reading], sites: Mapping[str, Site]) -> None:
-        """Derive, store and judge a step's readings."""
-        for law in self.derived:
-            name = type(law).__name__
-            readings += rounded(self._charged(f"monitor {name}", law.update, step, readings, sites) or [])
-        readings = [reading for reading in readings if self._wanted(reading.metric)]
-        self._write(step, readings)
-        self._judge(step, readings, sites)
-        self._charged("writing to the store", self.store.flush)
 
     def _write(self, step: int, readings: Sequence[Reading]) -> None:
         self._charged("writing to the store", self.store.write, step, readings)
@@ -282,7 +298,7 @@ class Collector:
         for probe in instance.probes:
             own = {name: values for (of, name), values in quantities.items() if of == probe.name}
             what = f"probe `{probe.name}` at {instance.site.id}"
-            made = self._guarded(what, probe.finish, instance.facts, own) if own else None
+            made = self._guarded(what, _finish, probe, instance, own) if own else None
             for name, values in (made or {}).items():
                 if name in found:
                     told = f"another probe records {name} there already; give the metric a name of its own"
@@ -309,35 +325,12 @@ class Collector:
         self._verdicts[metric] = of in self.families or of not in FAMILIES  # the latter of a user's own kind of site
         return self._verdicts[metric]
 
-    def _optimizer_readings(self, step: int) -> list[Reading]:
-        found = self._optimizer.pop(step, None)
-        for stale in [at for at in self._optimizer if at < step]:
-            del self._optimizer[stale]
-        if found is None:
-            return []
-        readings = [Reading("optim/lr", None, np.array([max(found["lr"])]))] if found["lr"] else []
-        if found["norms"]:
-            total = float(torch.linalg.vector_norm(torch.stack([norm.float() for norm in found["norms"]])))
-            readings.append(Reading(GRADIENT_NORM, None, np.array([total])))
-        if found["squares"] or self.merging is not None:
-            ranks = 1 if self.merging is None else self.merging.world  # what is told of all ranks is their mean
-            readings.append(Reading(SHARDS, None, np.array([ranks * sum(map(float, found["squares"]))])))
-        return readings
-
-    @staticmethod
-    def _with_gradient_norm(readings: Sequence[Reading]) -> list[Reading]:
-        """The norm of gradients that each rank has whole, and of those that it has a part of, as one."""
-        square = sum(float(r.values[0]) for r in readings if r.metric == SHARDS)
-        norm = sum(float(r.values[0]) for r in readings if r.metric == GRADIENT_NORM)
-        rest = [r for r in readings if r.metric not in (SHARDS, GRADIENT_NORM)]
-        if len(rest) == len(readings):
-            return rest
-        return [*rest, Reading(GRADIENT_NORM, None, np.array([np.hypot(norm, square**0.5)]))]
-
-    def _judge(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> None:
+    def _judge(
+        self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site], ranks: Mapping[Key, Array]
+    ) -> None:
         heard, self._unjudged = [*readings, *self._unjudged.values()], {}
         raised: list[Alarm] = self._charged("judging", self.judge.update, step, heard, sites) or []
-        raised = [self._placed(alarm) for alarm in raised]
+        raised = [alarm if self.merging is None else placed(alarm, ranks, self.merging.named) for alarm in raised]
         for sink in self.sinks:
             self._charged(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:
@@ -353,19 +346,11 @@ class Collector:
         with self.costs.of(part):
             return self._guarded(part, work, *args)
 
-    def _placed(self, alarm: Alarm) -> Alarm:
-        """The alarm with the rank on which its number was the worst, where that is known."""
-        ranks = self._ranks.get((alarm.metric, alarm.site))
-        if self.merging is None or ranks is None:
-            return alarm
-        part = next((x for x in (alarm.head, alarm.expert) if x is not None), 0)
-        rank = int(ranks[min(part, len(ranks) - 1)])
-        if rank < 0:
-            return alarm
-        where = f"worst on {self.merging.named(rank)}"
-        return replace(
-            alarm, ranks=(rank,), evidence=(*alarm.evidence, where), message=f"{alarm.message} {where.capitalize()}."
-        )
+    def _asked(self, monitor: Any, *args: Any) -> list[Reading]:
+        """What a monitor says, as the store keeps it; nothing if it fails or says what is no reading."""
+        what = f"monitor {type(monitor).__name__}"
+        found: list[Reading] | None = self._charged(what, lambda: rounded(monitor.update(*args) or ()))
+        return found or []
 
     def _guarded(self, what: str, work: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -380,6 +365,11 @@ def _merged(samples: Sequence[Sample]) -> Merged:
     for sample in samples:
         sample.merge_into(found)
     return found
+
+
+def _finish(probe: Probe, instance: Instance, own: Mapping[str, Array]) -> dict[str, Array]:
+    made = probe.finish(instance.facts, own)
+    return {name: np.asarray(values, np.float64).reshape(-1) for name, values in made.items()}
 
 
 def rounded(readings: Sequence[Reading]) -> list[Reading]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -63,6 +64,7 @@ class Instances:
         self.parameter_ids: set[int] = set()
         self._by_key: dict[tuple[Any, ...], Instance] = {}
         self._ids: set[str] = set()
+        self.lock = threading.RLock()  # to hold over `resolve`: calls of watched graphs may come from several threads
 
     def __iter__(self) -> Iterator[Instance]:
         return iter(list(self._by_key.values()))
@@ -111,7 +113,10 @@ class Instances:
         elif any(map(_unsaid, found.laws.values())) and not any(map(_unsaid, match.laws.values())):
             found.become(self._make(match, name, probes, facts, held, found.site.id))
         else:
-            found.laws = _in_both(found.laws, match.laws)
+            laws = _in_both(found.laws, match.laws)
+            if not any(map(_unsaid, match.laws.values())) and _is_coarser(match.facts.get("dtype"), found.site.dtype):
+                found.become(self._make(match, name, probes, facts, held, found.site.id))
+            found.laws = laws
         return found
 
     def _make(
@@ -167,6 +172,13 @@ def _in_both(laws: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]
     """``laws`` without those that do not hold in another graph of the same site, unless that one is of evaluation."""
     evaluated = any(map(_unsaid, more.values()))
     return {law: reason or ("" if evaluated else more.get(law, "")) for law, reason in laws.items()}
+
+
+def _is_coarser(one: str | None, other: str | None) -> bool:
+    """Whether a model was cast in mid-run, or meets autocast later, so that laws hold less exactly than at first."""
+    named = [getattr(torch, name or "", None) for name in (one, other)]
+    eps = [torch.finfo(dtype).eps for dtype in named if isinstance(dtype, torch.dtype) and dtype.is_floating_point]
+    return len(eps) == 2 and eps[0] > eps[1]
 
 
 def _unsaid(reason: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from foreshock.agreement import is_shared
 from foreshock.clock import StepClock
 from foreshock.collector import Collector
+from foreshock.cost import SAMPLING
 from foreshock.merging import Merging
 from foreshock.records import Probe
 
@@ -59,7 +60,35 @@ class Ranks:
         self.exchanged = step
         self._collector.weigh(step - 1)
         try:
-            self._collector.exchange(sampled, step - 1 if settle else None)
+            with self._collector.working, self._collector.costs.of(SAMPLING):
+                self._tell(sampled, step - 1 if settle else None)
         except Exception as error:
             self.given_up = True
             self._fail("merging what the ranks measured; this rank watches no more", error)
+
+    def _tell(self, sampled: Sequence[int], last: int | None) -> None:
+        """Hear what was merged since, and begin to merge ``sampled`` steps. After the ``last`` of all, what was read beside them is
+        merged too, and all is heard."""
+        merging = self._collector.merging
+        assert merging is not None
+        self._hear(merging)
+        for step in sampled:
+            self._hear(merging)
+            merging.launch(self._collector.local(step))
+        if last is not None:
+            self._hear(merging)
+            if last not in sampled:
+                merging.launch(self._collector.local(last))
+                self._hear(merging, judge=False)
+
+    def _hear(self, merging: Merging, judge: bool = True) -> None:
+        """Wait for the flush under way, if there is one, and judge what all ranks measured."""
+        if not merging.in_flight:
+            return
+        with self._collector.costs.of("merging ranks"):
+            whole = merging.receive()
+        for step, readings in whole.readings:
+            if step < whole.step or not judge:
+                self._collector.note(step, readings)
+            else:
+                self._collector.conclude(step, readings, whole.sites, whole.ranks)

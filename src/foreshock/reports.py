@@ -23,7 +23,11 @@ class Reports:
         if self._strict:
             raise error
         if what not in self._told:
-            self._told[what] = f"{what}: {type(error).__name__}: {error}"
+            try:
+                told = str(error)
+            except Exception:
+                told = "an error that cannot say what it is"
+            self._told[what] = f"{what}: {type(error).__name__}: {told}"
             _log.warning("%s (training goes on)", self._told[what])
 
     def note(self, told: str, about: str = "") -> None:

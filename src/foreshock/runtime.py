@@ -18,6 +18,7 @@ from foreshock.rows import Rows
 from foreshock.transfer import Read, Transfer
 
 Compiled = Callable[..., Any]
+Fail = Callable[[str, Exception], None]
 Merged = dict[Instance, dict[tuple[str, str], Array]]  # by probe and name, 1-D float64, merged over the calls of a step
 
 
@@ -43,11 +44,14 @@ class Sample:
             _merge(merged, self.instances, self.backward, gradient)
 
 
-def _take_gradient(transfer: Transfer, gradients: list[Read], slot: torch.Tensor) -> None:
+def _take_gradient(transfer: Transfer, gradients: list[Read], fail: Fail, slot: torch.Tensor) -> None:
     """Each backward's statistics by themselves: a second one would be added to the first, maxima too."""
-    if slot.grad is not None:
-        gradients.append(transfer.start(slot.grad))
-        slot.grad = None
+    try:
+        if slot.grad is not None:
+            gradients.append(transfer.start(slot.grad))
+            slot.grad = None
+    except Exception as error:
+        fail("taking gradient statistics to the host", error)
 
 
 def _merge(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quantity], packed: Read) -> None:
@@ -78,7 +82,7 @@ class WatchedGraph:
         resolve: Callable[[Sequence[Any]], list[Instance]],
         wants_sample: Callable[[], bool],
         deliver: Callable[[Sample], None],
-        fail: Callable[[str, Exception], None],
+        fail: Fail,
         step: Callable[[], int],
         rows: Rows,
     ) -> None:
@@ -98,7 +102,9 @@ class WatchedGraph:
     def compile(self, sampled: bool) -> Compiled:
         """The variant, compiled at the latest now."""
         if sampled not in self._compiled:
-            self._compiled[sampled] = self._make[sampled]()
+            with _torch.compiling():  # calls may come from several threads
+                if sampled not in self._compiled:
+                    self._compiled[sampled] = self._make[sampled]()
         return self._compiled[sampled]
 
     def give_up(self, what: str, error: Exception) -> None:
@@ -143,7 +149,8 @@ class WatchedGraph:
             rows = self._transfer.to_device(self._rows.draw(self._step(), instances, 2 * rewritten.rows, again))
             slot = torch.zeros(rewritten.slot_size, device=self._device, requires_grad=True)
             gradients: list[Read] = []
-            slot.register_post_accumulate_grad_hook(functools.partial(_take_gradient, self._transfer, gradients))
+            take = functools.partial(_take_gradient, self._transfer, gradients, self._fail)
+            slot.register_post_accumulate_grad_hook(take)
             *outputs, packed = run(*args, rows, slot)
         except _torch.STOP_RECOMPUTATION:
             raise  # how activation checkpointing ends a recomputation early
@@ -157,6 +164,9 @@ class WatchedGraph:
             return tuple(outputs)
         for instance in instances:
             instance.sampled += 1
-        kept = self._transfer.start(packed)
-        self._deliver(Sample(self._step(), instances, rewritten.forward, rewritten.backward, kept, gradients))
+        try:
+            kept = self._transfer.start(packed)
+            self._deliver(Sample(self._step(), instances, rewritten.forward, rewritten.backward, kept, gradients))
+        except Exception as error:
+            self._fail("taking a sample to the host", error)
         return tuple(outputs)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from foreshock.errors import ForeshockError
 from foreshock.instances import Instance
 from foreshock.monitors.metrics import metric
-from foreshock.records import Array, Reading, Site
+from foreshock.records import Alarm, Array, Reading, Site
 from foreshock.runtime import Merged as Sums
 
 LARGEST = float(np.finfo(np.float64).max)  # stands for NaN, which a maximum on the way would lose
@@ -176,13 +175,13 @@ def fingerprint(site: Site) -> str | None:
     return hashlib.sha256(b"".join(found)).hexdigest()[:16] if found else None
 
 
-def squares(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Of each gradient that ranks have parts of (DTensor), this rank's share of the square of its norm, on its device."""
-    from torch.distributed.tensor import DTensor
-
-    found = []
-    for x in gradients:
-        if isinstance(x, DTensor):
-            copies = [size for size, at in zip(x.device_mesh.shape, x.placements, strict=True) if not at.is_shard()]
-            found.append(x.to_local().float().square().sum() / int(np.prod(copies)))
-    return found
+def placed(alarm: Alarm, ranks: Mapping[tuple[str, str | None], Array], named: Callable[[int], str]) -> Alarm:
+    """The alarm with the rank on which its number was the worst, where that is known."""
+    at = ranks.get((alarm.metric, alarm.site))
+    part = next((x for x in (alarm.head, alarm.expert) if x is not None), 0)
+    rank = -1 if at is None else int(at[min(part, len(at) - 1)])
+    if rank < 0:
+        return alarm
+    where = f"worst on {named(rank)}"
+    message = f"{alarm.message} {where.capitalize()}."
+    return replace(alarm, ranks=(rank,), evidence=(*alarm.evidence, where), message=message)

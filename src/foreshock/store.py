@@ -1,16 +1,22 @@
 """Where readings, alarms and the ledger go: one SQLite file of a run, or memory.
 
 `RunStore` buffers until `flush`, which is one transaction: a process killed at any moment leaves everything up to its last
-flush readable, and readers never wait for the writer. Values are kept as float32. Nothing is written to the disk, and nothing
-raises, outside `flush` and `close`.
+flush readable, and readers never wait for the writer. Values are kept as float32. Nothing raises outside `flush` and `close`.
+
+While the disk is full, lost or read-only the buffer grows to a bound; series are read from what can be read of the file and
+from the buffer, and the first flush that succeeds writes all of it. A file that was deleted is made anew from the open handle.
+No handle lives across a fork: see `_stores`.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sqlite3
 import threading
+import time
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,57 +26,18 @@ import numpy as np
 
 from foreshock.agreement import this_rank
 from foreshock.errors import RunError
+from foreshock.memory import MemoryStore
+from foreshock.pending import MOST_BYTES, Key, Pending
+from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Reading
 from foreshock.rewind import discard, holds_steps, set_aside
-from foreshock.series import Queries, Steps, Values, join
+from foreshock.series import Steps, Values, join
 from foreshock.tables import FILE, FORMAT, SCHEMA, Tables, damaged, dump, pack, pack_steps
 
 _log = logging.getLogger("foreshock")
-Key = tuple[str, str | None]
 COMPACT = 256  # tail rows of one layout that become chunks
 CHUNK = 512  # about the numbers in a chunk: small beside a page, so that pages fill up
-PENDING = 4096  # steps kept in memory while the disk refuses them; the oldest go first
-
-
-class MemoryStore(Queries):
-    """Everything in memory, nothing written: what a `Watch` without a run path keeps."""
-
-    def __init__(self) -> None:
-        self._data: dict[Key, list[tuple[int, Array]]] = {}
-
-    def write(self, step: int, readings: Sequence[Reading]) -> None:
-        """Keep the readings of a step; a later one of the same series and step wins."""
-        for reading in readings:
-            values = np.array(reading.values, np.float64).reshape(-1)
-            if values.size:
-                self._data.setdefault((reading.metric, reading.site), []).append((int(step), values))
-
-    def rewind(self, step: int) -> None:
-        """Forget what was written at ``step`` and later."""
-        for key, rows in list(self._data.items()):
-            self._data[key] = [(at, values) for at, values in rows if at < step]
-        self._data = {key: rows for key, rows in self._data.items() if rows}
-
-    def alarm(self, alarm: Alarm) -> None:
-        """Nothing to do: the watch itself holds its alarms."""
-
-    def coverage(self, coverage: Coverage) -> None:
-        """Nothing to do: the watch itself holds its ledger."""
-
-    def meta(self, **values: Any) -> None:
-        """Nothing to do: the watch itself holds its settings."""
-
-    def flush(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do; the series stay readable."""
-
-    def _keys(self) -> list[Key]:
-        return list(self._data)
-
-    def _column(self, metric: str, site: str | None) -> tuple[Steps, Values]:
-        return join([(np.array([step], np.int64), values[None]) for step, values in self._data[metric, site]])
+REST = 20  # times as long as a flush took to fail, before one is tried again: a locked file may not hold training up
 
 
 class RunStore(Tables):
@@ -85,32 +52,44 @@ class RunStore(Tables):
         self._other = anew and holds_steps(self.path)
         self._start: int | None = None  # what is in the file from this step on is to be discarded
         self._db: sqlite3.Connection | None = None
+        self._file = (0, 0)  # device and inode of what is open
         self._lock = threading.RLock()
-        self._buffer: dict[int, dict[Key, Array]] = {}
+        self._process = os.getpid()
+        self._pending = Pending()
         self._alarms: list[Alarm] = []
         self._coverage: Coverage | None = None
         self._meta: dict[str, Any] = {}
-        self._failing = False
+        self._troubles: list[tuple[str, Exception]] = []
+        self._busy = self._failing = (
+            False  # busy: a signal handler that comes in between finds all as it is, and leaves it so
+        )
+        self._failed_at = self._rest = 0.0
         self._forget()
+        _stores().add(self)
 
     def write(self, step: int, readings: Sequence[Reading]) -> None:
         """Buffer the readings of a step; a later one of the same series and step wins."""
-        with self._lock, np.errstate(over="ignore"):
-            row = self._buffer.setdefault(int(step), {})
-            for reading in readings:
-                values = np.array(reading.values, "<f4").reshape(-1)
-                if values.size:
-                    row[reading.metric, reading.site] = values
-            if self._failing and len(self._buffer) > PENDING:
-                del self._buffer[next(iter(self._buffer))]
+        with self._lock:
+            busy, self._busy = self._busy, True
+            try:
+                self._pending.add(step, readings)
+            finally:
+                self._busy = busy
+            if self._failing:
+                before = self._pending.lost
+                self._pending.trim()
+                if self._pending.lost and not before:
+                    told = f"more than {MOST_BYTES >> 20} MiB wait for {self.path}; the oldest steps are dropped"
+                    self._troubles.append(("keeping what cannot be written", RunError(told)))
 
     def rewind(self, step: int) -> None:
         """Go on with the run that is there, at ``step``: what it has of that step and later is discarded by the next flush."""
         with self._lock:
             if self._other:  # what was written so far is not of the run that goes on
-                self._other, self._buffer, self._alarms = False, {}, []
+                self._other, self._alarms = False, []
+                self._pending.clear()
             self._start = step if self._start is None else min(step, self._start)
-            self._buffer = {at: row for at, row in self._buffer.items() if at < step}
+            self._pending.rewind(step)
             self._alarms = [alarm for alarm in self._alarms if alarm.step < step]
 
     def alarm(self, alarm: Alarm) -> None:
@@ -127,73 +106,165 @@ class RunStore(Tables):
         with self._lock:
             self._meta |= values
 
-    def flush(self) -> None:
-        """Write all that is buffered, in one transaction. Raises RunError if it cannot; then the buffer is kept."""
+    def troubles(self) -> list[tuple[str, Exception]]:
+        """What was being done and what went wrong beside the errors of `flush` since this was last asked."""
         with self._lock:
-            if self._other and not self._buffer:
-                return  # nothing that would be worth to set another run aside
+            found, self._troubles = self._troubles, []
+            return found
+
+    def flush(self, now: bool = True) -> None:
+        """Write all that is buffered, in one transaction. Raises RunError if it cannot; then the buffer is kept.
+
+        ``now=False`` leaves a disk that refused a short while ago in peace.
+        """
+        with self._lock:
+            if self._busy or (self._other and not self._pending.rows):
+                return  # in the latter case nothing that would be worth to set another run aside
+            began = time.monotonic()
+            if not now and self._failing and 0 <= began - self._failed_at < self._rest:
+                return
+            self._busy = True
             try:
-                db = self._connection()
-                if self._other:
-                    _log.warning("%s holds another run: it is now in %s", self.path, set_aside(db, self.path.parent))
-                    self._other, self._start = False, 0
-                db.execute("BEGIN IMMEDIATE")
-                if self._start is not None:
-                    self._compact(db, 1)
-                    discard(db, self._start)
-                    self._forget()
-                self._write_records(db)
-                for step, row in self._buffer.items():
-                    self._write_row(db, step, row)
-                self._compact(db, COMPACT)
-                db.execute("COMMIT")
-            except Exception as error:
+                self._write_all()
+            except BaseException as error:
                 self._rollback()
-                self._failing = True
-                if isinstance(error, RunError):
+                self._failing, self._failed_at = True, time.monotonic()
+                self._rest = REST * (self._failed_at - began)
+                if isinstance(error, RunError) or not isinstance(error, Exception):
                     raise
                 raise RunError(
                     f"writing {self.path}: {error}; free the disk or make the folder writable; "
-                    f"the last {PENDING} steps are kept in memory until then"
+                    f"the newest {MOST_BYTES >> 20} MiB of readings are kept in memory until then"
                 ) from error
+            finally:
+                self._busy = False
             self._failing, self._start = False, None
-            self._buffer, self._alarms, self._coverage, self._meta = {}, [], None, {}
+            self._pending.clear()
+            self._alarms, self._coverage, self._meta = [], None, {}
 
     def close(self) -> None:
         """Flush and let go of the file; a store that is written again opens it again."""
         with self._lock:
+            if self._busy:
+                return
             try:
-                if self._buffer or self._alarms or self._coverage or self._meta or self._start is not None:
+                if self._pending.rows or self._alarms or self._coverage or self._meta or self._start is not None:
                     self.flush()
             finally:
                 if self._db is not None:
                     with suppress(sqlite3.Error):  # a reader is still there: then the log file stays beside the run
                         self._db.executescript("PRAGMA busy_timeout = 0; PRAGMA journal_mode = DELETE;")
-                    self._db.close()
-                self._db = None
+                self._let_go()
                 self._forget()
 
     def series(self, metric: str, site: str | None = None) -> tuple[Steps, Values]:
-        """As `Queries.series`, after a flush."""
-        self.flush()
-        return super().series(metric, site)
+        """As `Queries.series`, from the file and from what waits for it."""
+        with self._lock:
+            with suppress(RunError):  # which the next flush will say
+                self.flush(now=False)
+            return super().series(metric, site)
+
+    def _keys(self) -> list[Key]:
+        with self._lock:
+            return list(dict.fromkeys([*super()._keys(), *self._pending.keys()]))
+
+    def _column(self, metric: str, site: str | None) -> tuple[Steps, Values]:
+        with self._lock:
+            stored = [super()._column(metric, site)] if (metric, site) in super()._keys() else []
+            return join([*stored, *self._pending.parts((metric, site))])
+
+    @property
+    def steps(self) -> Steps:
+        with self._lock:
+            return np.union1d(super().steps, np.array(list(self._pending.rows), np.int64))
+
+    def _rows(self, sql: str, **values: Any) -> list[Any]:
+        """While the file cannot be written it may still be read; where it cannot, or is another run's, it holds nothing."""
+        if self._other:
+            return []
+        if self._db is not None:
+            return super()._rows(sql, **values)
+        try:
+            with open_run(self.path) as run:
+                return run._rows(sql, **values)
+        except RunError:
+            return []
+
+    def _write_all(self) -> None:
+        if os.getpid() != self._process:
+            raise RunError(
+                f"writing {self.path}: this process was forked from the one that writes it, and writes nothing"
+            )
+        db = self._writable()
+        if self._pending.lost:
+            self._meta["steps_lost"] = self._pending.lost
+        if self._other:
+            _log.warning("%s holds another run: it is now in %s", self.path, set_aside(db, self.path.parent))
+            self._other, self._start = False, 0
+        db.execute("BEGIN IMMEDIATE")
+        if self._start is not None:
+            self._compact(db, 1)
+            discard(db, self._start)
+            self._forget()
+            self._known = True  # nothing, of which everything is asked anew
+        self._write_records(db)
+        for step, row in self._pending.rows.items():
+            self._write_row(db, step, row)
+        self._compact(db, COMPACT)
+        db.execute("COMMIT")
 
     def _connection(self) -> sqlite3.Connection:
-        if self._db is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
-            try:
-                if (found := db.execute("PRAGMA user_version").fetchone()[0]) > FORMAT:
-                    raise damaged(self.path, sqlite3.Error(f"format {found}, this foreshock writes {FORMAT}"))
-                db.executescript(SCHEMA)
-                self._remember(db)
-            except BaseException:
-                db.close()
-                raise
-            self._db = db
+        assert self._db is not None
         return self._db
 
+    def _writable(self) -> sqlite3.Connection:
+        """The file, open and known. After a failure it is opened anew; the old handle, which can still read it, goes last."""
+        if self._db is not None and self._file != _identity(self.path):
+            self._restore(self._db)
+        elif self._db is None or self._failing:
+            self._take(self._opened())
+        assert self._db is not None
+        if not self._known:
+            self._remember(self._db)
+        return self._db
+
+    def _opened(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        try:
+            if (found := db.execute("PRAGMA user_version").fetchone()[0]) > FORMAT:
+                raise damaged(self.path, sqlite3.Error(f"format {found}, this foreshock writes {FORMAT}"))
+            db.executescript(SCHEMA)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _take(self, db: sqlite3.Connection) -> None:
+        self._let_go()
+        file = _identity(self.path)
+        if self._file != file:
+            self._forget()
+        self._db, self._file = db, file
+
+    def _restore(self, gone: sqlite3.Connection) -> None:
+        """The file was deleted or replaced while open: make it anew, with what the open handle still holds."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            partial = self.path.with_suffix(".partial")
+            partial.unlink(missing_ok=True)
+            copy = sqlite3.connect(partial)
+            try:
+                gone.backup(copy)
+            finally:
+                copy.close()
+            partial.rename(self.path)
+        self._take(self._opened())
+        told = f"{self.path} was deleted or replaced while it was written; it was made anew, with what it held"
+        self._troubles.append(("keeping the run's file", RunError(told)))
+
     def _forget(self) -> None:
+        self._known = False  # whether the following is what the file holds
         self._series: dict[Key, int] = {}
         self._newest = 0  # the largest id among them
         self._layouts: dict[tuple[tuple[int, int], ...], int] = {}
@@ -205,13 +276,21 @@ class RunStore(Tables):
         db.execute("BEGIN IMMEDIATE")
         self._compact(db, 1)
         db.execute("COMMIT")
+        self._known = True
 
     def _rollback(self) -> None:
-        """Undo the transaction and what was remembered of it: the next flush opens the file anew."""
+        """Undo the transaction and forget what was remembered of it. The handle stays, for the file may still be read."""
+        self._forget()
+        if self._db is not None and self._db.in_transaction:
+            try:
+                self._db.execute("ROLLBACK")
+            except sqlite3.Error:
+                self._let_go()
+
+    def _let_go(self) -> None:
         if self._db is not None:
             self._db.close()
         self._db = None
-        self._forget()
 
     def _write_records(self, db: sqlite3.Connection) -> None:
         db.executemany("INSERT INTO alarm (value) VALUES (?)", [(dump(alarm.to_json()),) for alarm in self._alarms])
@@ -265,6 +344,37 @@ class RunStore(Tables):
             db.execute("DELETE FROM tail WHERE layout = ?", (layout,))
         if least == 1:
             self._last = {}
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Device and inode of a file; of none where there is no such file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return (0, 0)
+    return (found.st_dev, found.st_ino)
+
+
+@functools.cache
+def _stores() -> weakref.WeakSet[RunStore]:
+    """Every store of this process. Before a fork (of `DataLoader` workers, say) each lets go of its file and opens it again when
+    it is next written: SQLite forbids a handle in two processes, even to close it in one of them."""
+    known: weakref.WeakSet[RunStore] = weakref.WeakSet()
+    forking = threading.local()
+
+    def before() -> None:
+        forking.held = list(known)
+        for store in forking.held:
+            store._lock.acquire()
+            if not store._busy:
+                store._let_go()
+
+    def after() -> None:
+        for store in forking.held:
+            store._lock.release()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=after)
+    return known
 
 
 def is_first_rank() -> bool:

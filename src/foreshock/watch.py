@@ -22,6 +22,7 @@ from foreshock.cost import SAMPLING, SPECTRA, Costs
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instances
 from foreshock.masters import Masters
+from foreshock.memory import MemoryStore
 from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
 from foreshock.monitors.step_monitor import StepMonitor
@@ -34,7 +35,7 @@ from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
 from foreshock.reports import Reports
 from foreshock.rows import Rows
 from foreshock.runtime import Sample
-from foreshock.store import MemoryStore, is_first_rank, store_of_this_rank
+from foreshock.store import is_first_rank, store_of_this_rank
 
 _EVERYTHING = 2**62
 SAME_ON_RANKS = ("bias law", "judge", "collector", "actions")  # where ranks are merged: all hear the same
@@ -134,6 +135,7 @@ class Watch:
         self._fallbacks = Fallbacks()
         self._finished = 0
         self._closed = False
+        self._process = os.getpid()
         self.costs = Costs(waits=self.settings.budget is not None)
         where = self.settings.run
         store: Store = MemoryStore() if where is None else store_of_this_rank(where, self.settings.merge)
@@ -238,13 +240,7 @@ class Watch:
     def flush(self) -> None:
         """Work off everything that is complete and write it down."""
         self._catch_up()
-        store = self.collector.store
-        try:
-            store.meta(steps=self.step, cost=self.cost())
-            store.coverage(self.coverage)
-            store.flush()
-        except Exception as error:
-            self.fail("writing to the store", error)
+        self.collector.record(lambda: self.coverage, steps=self.step, cost=self.cost())
 
     def cost(self) -> dict[str, str]:
         """What watching took so far, part by part, and what that is of a step now; all in words."""
@@ -259,15 +255,14 @@ class Watch:
 
     def close(self) -> None:
         """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""
-        if self._closed:
+        if self.closed or self.acting.closing:
             return
         self.acting.closing = True
         try:
             if self.ranks.are_one():
                 self.ranks.exchange(settle=True)
             else:
-                self._catch_up()
-                self.collector.finish(_EVERYTHING)
+                self.collector.catch_up(self.clock.step, wait=True, upto=_EVERYTHING)
             self.flush()
             self.acting.settle()
         finally:
@@ -275,15 +270,7 @@ class Watch:
             for hook in self._hooks:
                 hook.remove()
             atexit.unregister(self.close)
-            for sink in self.collector.sinks:
-                self._close(f"sink {type(sink).__name__}", sink)
-            self._close("writing to the store", self.collector.store)
-
-    def _close(self, what: str, target: Any) -> None:
-        try:
-            target.close()
-        except Exception as error:
-            self.fail(what, error)
+            self.collector.close()
 
     def __enter__(self) -> Watch:
         return self
@@ -321,8 +308,8 @@ class Watch:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
+        """Whether `close` was called, or this process was forked from the one that watches."""
+        return self._closed or os.getpid() != self._process
 
     # -- what the other rooms call -----------------------------------------------------------------------------------
 
@@ -334,7 +321,7 @@ class Watch:
 
     def begin_forward(self) -> bool:
         """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
-        if self._closed or self.ranks.given_up:
+        if self.closed or self.ranks.given_up:
             return False
         if _torch.in_backward():
             return self.is_sampled(self.clock.forward_step)
@@ -345,7 +332,10 @@ class Watch:
             self._finished = self.clock.step
             self.collector.weigh(self.clock.step - 1)
         elif self.clock.step != self._finished:
-            self._catch_up()
+            try:
+                self._catch_up(wait=False)
+            except Exception as error:
+                self.fail("working off a step", error)
             self.acting.settle()
         return self.is_sampled(self.clock.step)
 
@@ -372,12 +362,14 @@ class Watch:
         elsewhere = () if self.collector.merging is None else self.collector.merging.statuses(self.instances)
         return (*(instance.status(more) for instance, more in told.items()), *elsewhere)
 
-    def _catch_up(self) -> None:
-        self._finished = self.clock.step
-        self.collector.weigh(self.clock.step - 1)
-        self.collector.finish(self.clock.step)
+    def _catch_up(self, wait: bool = True) -> None:
+        if not self.closed:
+            self._finished = self.clock.step
+            self.collector.catch_up(self.clock.step, wait=wait)
 
     def _before_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self.closed:
+            return
         if self.ranks.are_one():
             self.ranks.exchange()
         if not self.collector.steps:
@@ -390,10 +382,12 @@ class Watch:
             self.fail("reading the optimizer", error)
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.masters.met(optimizer)
-        if not self.clock.concerns(optimizer, self.instances.parameter_ids) or self.clock.idles(optimizer):
+        if self.closed:
             return
         try:
+            self.masters.met(optimizer)
+            if not self.clock.concerns(optimizer, self.instances.parameter_ids) or self.clock.idles(optimizer):
+                return
             if self.is_sampled(self.clock.forward_step):
                 self.collector.optimizer(self.clock.forward_step, optimizer)
         except Exception as error:
