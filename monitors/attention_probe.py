@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foreshock.layout import canonical
-from foreshock.monitors.sampled_rows import SEQUENCES, measured, take
+from foreshock.monitors.sampled_rows import measured, take
 from foreshock.records import Array, Facts, Probe, Tensors
 from foreshock.stages import TwoStages
 

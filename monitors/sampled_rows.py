@@ -89,7 +89,9 @@ def measured(facts: Facts, p: Tensors) -> dict[str, Tensor]:
     largest_NHR = logits.amax(-1)
     alive = (seen_NHR > 0) & torch.isfinite(largest_NHR)
     every = logits if beside is None else torch.cat([logits, beside], -1)
-    log_p = every.log_softmax(-1)  # less the largest first, then less the sum's logarithm: no digit of a large logit is lost
+    log_p = every.log_softmax(
+        -1
+    )  # less the largest first, then less the sum's logarithm: no digit of a large logit is lost
     lse = (largest_NHR if beside is None else every.amax(-1)) - log_p.amax(-1)
     log_p = log_p[..., :keys]
     p_NHRT = every.softmax(-1)[..., :keys]

@@ -42,7 +42,9 @@ _library = torch.library.Library("foreshock", "DEF")
 _library.define("read(Tensor[] tensors, Tensor rows, str spec) -> Tensor")
 _library.define("enter(Tensor[] inputs, Tensor slot, str spec) -> Tensor[]")
 _library.define("leave(Tensor x, Tensor[] carriers, str layout) -> Tensor")
-_library.define("rest(Tensor[] partials, str spec) -> Tensor", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+_library.define(
+    "rest(Tensor[] partials, str spec) -> Tensor", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+)
 
 
 def register_statistics(name: str, function: Statistics, on_error: Callable[[Exception], None] | None = None) -> None:
@@ -83,7 +85,8 @@ def _one(name: str, size: int, spec: Spec, tensors: Named, more: Any, device: to
                 return packed(function(spec, tensors, more))
             partials = function.first(spec, tensors, more)
             rest = {**spec, "statistics": {name: size}, "partials": list(partials)}
-            return REST(list(partials.values()), json.dumps(rest))
+            left: Tensor = REST(list(partials.values()), json.dumps(rest))
+            return left
     except Exception as error:
         return _missing(name, size, device, error)
 
