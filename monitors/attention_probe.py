@@ -1,7 +1,10 @@
 """What is measured at an attention boundary: tensor statistics, sampled rows recomputed in fp32, and the laws' sums.
 
-Shape suffixes: B batch, S queries, T keys, H query heads, G key/value heads, h head dim, v value dim, N sampled sequences,
-R sampled rows a sequence. Definitions and sources: `foreshock.monitors.metrics`.
+Both parts are in two stages: the first goes over the tensors and leaves sums over positions or over channels, ``[B, H, d]`` and
+``[B, H, S]``; the rest makes sums a head of these.
+
+Shape suffixes: B batch, S queries, T keys, H query heads, G key/value heads, h head dim, v value dim. Definitions and sources:
+`foreshock.monitors.metrics`.
 """
 
 from __future__ import annotations
@@ -13,15 +16,15 @@ import torch
 from torch import Tensor
 
 from foreshock.layout import canonical
+from foreshock.monitors.sampled_rows import measured, take
 from foreshock.records import Array, Facts, Probe, Tensors
+from foreshock.stages import TwoStages
 
-SEQUENCES = 4  # sampled sequences a call: rows of one sequence are correlated, copies of all keys are not free
 _ROLES = ("q", "k", "v", "out")
 _LARGEST = (
     1e15  # of a finite gradient as the laws count it: a flipped exponent bit would hide behind an infinite square
 )
 _SMALLEST = 1e-30  # sum of squares that a residual is taken of
-_HIDDEN = 9e3  # in logits as they were computed: a key so far below the row's largest, or below zero, is masked (by -1e4 or more)
 
 
 def _heads_first(facts: Facts, tensors: Tensors) -> dict[str, Tensor]:
@@ -32,226 +35,141 @@ def _heads_first(facts: Facts, tensors: Tensors) -> dict[str, Tensor]:
 # Whatever is asked of all entries of a head goes over positions first: one order for all of it is one pass over the tensor.
 
 
-def _sum(x_BHSd: Tensor) -> Tensor:
-    """``[H]``"""
-    return x_BHSd.sum(2).sum((0, 2))
-
-
-def _largest(x_BHSd: Tensor) -> Tensor:
-    """``[H]``"""
-    return x_BHSd.amax(2).amax((0, 2)).float()
-
-
 def _count(where_BHSd: Tensor) -> Tensor:
     """A whole number, and exact."""
-    return where_BHSd.sum(2, dtype=torch.int32).sum().float()
+    return where_BHSd.sum(2, dtype=torch.int32)
 
 
-def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
-    """Sums over batch and positions, a head each; sampled rows where logits are at hand, or causality, mask and scale are known.
+def _whole(counts_BHd: Tensor) -> Tensor:
+    return counts_BHd.sum().float()
 
-    Roles are q, k, v and, where they have tensors of their own, out, logits (``[B, H, S, T]`` as they enter the softmax) and mask.
-    """
+
+def _forward_first(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor]:
     t = _heads_first(facts, tensors)
     found: dict[str, Tensor] = {}
-    present = [role for role in _ROLES if role in t]
-    positions = [torch.ones_like(t[role][:, 0, :, 0], dtype=torch.float32).sum() for role in present]
-    lost, near = [], []
-    for role, many in zip(present, positions, strict=True):  # means count by their positions: microbatches may differ
-        x, size = t[role].float(), t[role].abs()
-        found[f"{role}_mean_square"] = _sum(x.square()) / (x.numel() / x.shape[1]) * many
-        found[f"{role}_absmax"] = _largest(size)
-        lost.append(_count(~torch.isfinite(t[role])))
-        near.append(_count(size > torch.finfo(size.dtype).max / 2) / x.numel() * many)
+    for role in (role for role in _ROLES if role in t):
+        x, size = t[role], t[role].abs()
+        found[f"{role}_square"] = x.float().square().sum(2)
+        if role != "v" or "out" not in t:
+            found[f"{role}_largest"] = size.amax(2)
+        found[f"{role}_lost"] = _count(~torch.isfinite(x))
+        found[f"{role}_near"] = _count(size > torch.finfo(x.dtype).max / 2)
+        found[f"{role}_positions"] = torch.full((), x.shape[0] * x.shape[2], dtype=torch.float32, device=x.device)
     if "out" in t:
-        found["hull"] = _beyond_hull(t["out"], t["v"])
+        out = torch.where(t["out"] == t["out"], t["out"], 0.0)  # `isnan` is no vector instruction
+        found |= {"out_high": out.amax(2), "out_low": out.amin(2), "v_high": t["v"].amax(2), "v_low": t["v"].amin(2)}
+    return found | (take(facts, t, rows) if facts["rows"] else {})
+
+
+def _forward_rest(facts: Facts, p: Tensors) -> Mapping[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    present = [role for role in _ROLES if f"{role}_square" in p]
+    positions = [p[f"{role}_positions"] for role in present]
+    near = []
+    for role in present:  # means count by their positions: microbatches may differ
+        square = p[f"{role}_square"]
+        largest = p[f"{role}_largest"] if f"{role}_largest" in p else torch.maximum(p["v_high"], -p["v_low"])
+        found[f"{role}_mean_square"] = square.sum((0, 2)) / square.shape[2]
+        found[f"{role}_absmax"] = largest.amax((0, 2)).float()
+        near.append(_whole(p[f"{role}_near"]) / (square.shape[1] * square.shape[2]))
+    if "out_high" in p:
+        found["hull"] = _beyond_hull(p["out_high"], p["out_low"], p["v_high"], p["v_low"])
     found["positions"] = torch.stack(positions)
-    found["nonfinite"] = torch.stack(lost)
+    found["nonfinite"] = torch.stack([_whole(p[f"{role}_lost"]) for role in present])
     found["near_overflow"] = torch.stack(near)
-    if facts["rows"]:
-        found.update(_sampled_rows(facts, t, rows))
-    return found
+    return found | (measured(facts, p) if facts["rows"] else {})
 
 
-def _beyond_hull(out_BHSv: Tensor, v_BGTv: Tensor) -> Tensor:
+forward = TwoStages(_forward_first, _forward_rest)
+"""Sums over batch and positions, a head each; sampled rows where logits are at hand, or causality, mask and scale are known.
+
+Roles are q, k, v and, where they have tensors of their own, out, logits (``[B, H, S, T]`` as they enter the softmax) and mask.
+"""
+
+
+def _beyond_hull(out_high_BHv: Tensor, out_low_BHv: Tensor, v_high_BGv: Tensor, v_low_BGv: Tensor) -> Tensor:
     """How far an output lies beyond the smallest or largest of its channel's values, in units of the channel's largest: ``[H]``.
 
     Zero counts as a value: a row without keys is zero, and columns that are no keys (sinks) take part of each row. A row of NaN,
     which some kernels make of no keys, says nothing here; a NaN is an event of its own.
     """
-    each, tiny = out_BHSv.shape[1] // v_BGTv.shape[1], torch.finfo(v_BGTv.dtype).tiny
+    each, tiny = out_high_BHv.shape[1] // v_high_BGv.shape[1], torch.finfo(v_high_BGv.dtype).tiny
     low, high = (
-        x.float().unsqueeze(2).expand(-1, -1, each, -1).flatten(1, 2)
-        for x in (v_BGTv.amin(2).clamp(max=0), v_BGTv.amax(2).clamp(min=0))
+        x.float().repeat_interleave(each, 1) if each > 1 else x.float()
+        for x in (v_low_BGv.clamp(max=0), v_high_BGv.clamp(min=0))
     )
-    told = torch.where(out_BHSv == out_BHSv, out_BHSv, 0.0)  # `isnan` is no vector instruction
-    over, under = told.amax(2).float() - high, low - told.amin(2).float()
-    beyond = torch.maximum(over, under) / torch.maximum(high, -low).clamp(min=tiny)
+    beyond = torch.maximum(out_high_BHv.float() - high, low - out_low_BHv.float())
+    beyond = beyond / torch.maximum(high, -low).clamp(min=tiny)
     return torch.where(torch.isnan(beyond), 0.0, beyond).clamp(min=0).amax((0, 2))
 
 
-def _sampled_rows(facts: Facts, t: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    q_BHSh, k_BGTh, v_BGTv = t["q"], t["k"], t["v"]
-    heads, queries = q_BHSh.shape[1], q_BHSh.shape[2]
-    groups, keys = k_BGTh.shape[1], k_BGTh.shape[2]
-    batch = t["out"].shape[0] if "out" in t else q_BHSh.shape[0]
-    sequences = min(SEQUENCES, batch, facts["rows"]) if isinstance(batch, int) else 1
-    each = facts["rows"] // sequences
-    b_N = (rows[facts["rows"] : facts["rows"] + sequences] * batch).long().clamp(max=batch - 1)
-    strata = torch.arange(each, device=rows.device) + rows[: sequences * each].reshape(sequences, each)
-    i_NR = (strata / each * queries).long().clamp(max=queries - 1)
-
-    def sequence(x_BH: Tensor) -> Tensor:  # [N]: one that serves the whole batch is every sequence's
-        return b_N.clamp(max=x_BH.shape[0] - 1)
-
-    def pick(x_BHSd: Tensor) -> Tensor:  # [N, H, R, d], fp32
-        return x_BHSd.transpose(1, 2)[sequence(x_BHSd).unsqueeze(1), i_NR].transpose(1, 2).float()
-
-    def grouped(groups: int) -> tuple[int, int, int]:
-        return sequences, groups, (heads // groups) * each
-
-    beside: Tensor | None = None  # columns of the softmax that are no keys
-    visible: Tensor | None
-    if "logits" in t:
-        first, row = facts.get("first_key", 0), pick(t["logits"])
-        top = row.amax(-1, keepdim=True)
-        hidden = (row <= top - _HIDDEN) | (top < -_HIDDEN)
-        logits = row[..., first : first + keys]
-        if facts.get("sinks"):
-            beside = torch.cat([row[..., :first], row[..., first + keys :]], -1)
-        visible, bias = ~hidden[..., first : first + keys], None
-    else:
-        q_NGQh = pick(q_BHSh).reshape(*grouped(groups), -1)
-        k_NGTh = k_BGTh.index_select(0, sequence(k_BGTh)).float()
-        logits = (q_NGQh @ k_NGTh.transpose(2, 3) * facts["scale"]).reshape(sequences, heads, each, keys)
-        visible, bias = _visible(facts, t.get("mask"), b_N, i_NR, (batch, queries, keys))
-    if bias is not None:
-        logits = logits + bias
-    if visible is not None:
-        logits = torch.where(visible, logits, float("-inf"))
-        visible_count = visible.sum(-1, keepdim=True).float().expand(sequences, heads, each, 1)[..., 0]
-    else:
-        visible_count = torch.full_like(logits[..., 0], keys)
-    alive = (visible_count > 0) & torch.isfinite(logits.amax(-1))
-    every = logits if beside is None else torch.cat([logits, beside], -1)
-    top = torch.where(alive, every.amax(-1), 0.0).unsqueeze(-1)
-    log_sum = torch.where(alive.unsqueeze(-1), (every - top).exp().sum(-1, keepdim=True), 1.0).log()
-    lse = torch.where(alive, (top + log_sum)[..., 0], 0.0)
-    log_p = logits - top - log_sum  # and not less lse: digits of a large logit would be lost
-    p = torch.where(alive.unsqueeze(-1), log_p.exp(), 0.0)
-    entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
-    first_visible = (
-        torch.zeros_like(logits[..., :1]).long()
-        if visible is None
-        else (visible.float().argmax(-1, keepdim=True).expand(sequences, heads, each, 1))
-    )
-    sink = p.gather(-1, first_visible)[..., 0]
-    log_visible = torch.where(visible_count > 1, visible_count, 2.0).log()
-    several = alive & (visible_count > 1)
-    found = {
-        "row_count": alive.float().sum((0, 2)),
-        "row_logit_max": logits.amax((0, 2, 3)),
-        "row_entropy": entropy.sum((0, 2)),
-        "row_entropy_norm": torch.where(several, entropy / log_visible, 0.0).sum((0, 2)),
-        "row_several": several.float().sum((0, 2)),
-        "row_sink": sink.sum((0, 2)),
-        "row_lse": lse.sum((0, 2)),
-        "row_lse_max": torch.where(alive, lse, float("-inf")).amax((0, 2)),
-        **{
-            f"row_{name}_variance": _scatter(x, alive)
-            for name, x in (("entropy", entropy), ("sink", sink), ("lse", lse))
-        },
-    }
-    if facts["dropout"] == 0.0 and facts.get("shadow", True) and "out" in t:
-        v_NGTv = v_BGTv.index_select(0, sequence(v_BGTv)).float()
-        shadow = (p.reshape(*grouped(v_BGTv.shape[1]), keys) @ v_NGTv).reshape(sequences, heads, each, -1)
-        error = torch.where(alive.unsqueeze(-1), pick(t["out"]) - shadow, 0.0)
-        found["shadow_along"] = (error * shadow).sum((0, 2, 3))
-        found["shadow_square"] = shadow.square().sum((0, 2, 3))
-        found["shadow_error"] = error.square().sum((0, 2, 3))
-    return found
-
-
-def _scatter(x_NHR: Tensor, alive_NHR: Tensor) -> Tensor:
-    """n times the variance of each head's rows in this call, ``[H]``; NaN for a single row, of which it is not known.
-
-    Each call draws its own rows, and every call of a step counts: what they differ by from each other is no error of a mean.
-    """
-    n = alive_NHR.float().sum((0, 2))
-    mean = torch.where(alive_NHR, x_NHR, 0.0).sum((0, 2)) / n.clamp(min=1)
-    squares = torch.where(alive_NHR, x_NHR - mean[:, None], 0.0).square().sum((0, 2))
-    return torch.where(n > 1, squares * n / (n - 1).clamp(min=1), torch.where(n == 1, float("nan"), 0.0))
-
-
-def _visible(
-    facts: Facts, mask: Tensor | None, b_N: Tensor, i_NR: Tensor, sizes: tuple[int, int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which keys each sampled row sees, and what is added to its logits; each broadcasts to ``[N, H, R, T]``."""
-    visible = bias = None
-    batch, queries, keys = sizes
-    if facts["causal"]:
-        visible = (torch.arange(keys, device=i_NR.device) <= i_NR.unsqueeze(-1)).unsqueeze(1)
-    if mask is not None:
-        while mask.ndim < 4:
-            mask = mask.unsqueeze(0)
-        picked = (
-            mask.expand(batch, mask.shape[1], queries, keys).transpose(1, 2)[b_N.unsqueeze(1), i_NR].transpose(1, 2)
-        )
-        if picked.dtype == torch.bool:
-            seen = picked
-        else:
-            seen, bias = picked > -_HIDDEN, picked.float()
-        visible = seen if visible is None else visible & seen
-    return visible, bias
-
-
-def backward(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
-    """The laws' sums, a key/value head each, and gradient statistics. Without ``out``, those that need only q, k and v."""
+def _backward_first(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mapping[str, Tensor]:
     t = {role: x.float() for role, x in _heads_first(facts, tensors).items()}
     raw = _heads_first(facts, {role: gradients[role] for role in _ROLES if role in gradients})
     g = {role: bounded(x.float()) for role, x in raw.items()}
-    q, k, dq, dk, dv = t["q"], t["k"], g["q"], g["k"], g["v"]
-    groups, scale = k.shape[1], facts["scale"] or 1.0
-    dk_sum, dv_sum = dk.sum(2), dv.sum(2)
-    q_dq, k_dk, q_square = (q * dq).sum(3), (k * dk).sum(3), q.square().sum(3)
-    key_norm = _sum(dk.square())
-    noise_q, noise_k = _sum((q * dq).square()), _sum((k * dk).square())
-    if smallest := tiny(gradients["q"]):
-        noise_q = noise_q + smallest * q_square.sum((0, 2))
-    if smallest := tiny(gradients["k"]):
-        noise_k = noise_k + smallest * _sum(k.square())
+    q, k, dq, dk = t["q"], t["k"], g["q"], g["k"]
+    found = {"dk_sum": dk.sum(2), "dv_sum": g["v"].sum(2)}
+    found |= {f"{role}_square": x.square().sum(2) for role, x in g.items()}
+    found |= {f"{role}_lost": _count(~torch.isfinite(x)) for role, x in raw.items()}
+    found |= {f"{role}_largest": x.abs().amax(2) for role, x in raw.items()}
+    found |= {"q_dq": (q * dq).sum(3), "k_dk": (k * dk).sum(3)}
+    for role, x, dx in (("q", q, dq), ("k", k, dk)):
+        found[f"{role}_noise"] = (x * dx).square().sum(2)
+        if smallest := tiny(gradients[role]):
+            found[f"{role}_noise"] += smallest * x.square().sum(2)
+    for role in ("k", "v"):
+        if lost := underflow(gradients[role]):
+            found[f"{role}_underflow"] = torch.full((), lost, device=q.device)
+    if "out" in t:
+        do, do_o = g["out"], g["out"] * t["out"]
+        delta = do_o.sum(3)
+        found |= {"do_sum": do.sum(2), "delta": delta, "delta_q": (delta.unsqueeze(3) * q).sum(2)}
+        found["unsure"] = do_o.square().sum(3) * q.square().sum(3)
+    return found
+
+
+def _backward_rest(facts: Facts, p: Tensors) -> Mapping[str, Tensor]:
+    dk_sum, dv_sum, q_dq, k_dk = p["dk_sum"], p["dv_sum"], p["q_dq"], p["k_dk"]
+    groups, scale = dk_sum.shape[1], facts["scale"] or 1.0
+    key_norm = p["k_square"].sum((0, 2))
     found = {
         "key_shift": dk_sum.square().sum((0, 2)),
         "key_norm": key_norm,
         "euler_q": _per_group(q_dq.sum((0, 2)), groups),
         "euler_k": k_dk.sum((0, 2)),
         "euler_norm": _per_group(q_dq.square().sum((0, 2)), groups) + k_dk.square().sum((0, 2)),
-        "euler_noise": _per_group(noise_q, groups) + noise_k,
-        "grad_q": _sum(dq.square()),
-        "grad_v": _sum(dv.square()),
+        "euler_noise": _per_group(p["q_noise"].sum((0, 2)), groups) + p["k_noise"].sum((0, 2)),
+        "grad_q": p["q_square"].sum((0, 2)),
+        "grad_v": p["v_square"].sum((0, 2)),
     }
-    if "out" in t:
-        do, do_o = g["out"], g["out"] * t["out"]
-        do_sum = _like(_heads_together(do.sum(2), dv.shape[1]), dv_sum)
-        delta = do_o.sum(3)
-        u = _like(_heads_together((delta.unsqueeze(3) * q).sum(2), groups), dk_sum) * scale
-        unsure = do_o.square().sum(3) * q_square  # of rowsum(dO * O), O rounded, and what it does to dK
+    if "delta" in p:
+        delta, value_heads = p["delta"], dv_sum.shape[1]
+        do_sum = _like(_heads_together(p["do_sum"], value_heads), dv_sum)
+        u = _like(_heads_together(p["delta_q"], groups), dk_sum) * scale
+        unsure = _per_group(p["unsure"].sum((0, 2)), groups)  # of rowsum(dO * O), O rounded, and what it does to dK
         found |= {
             "value_mass": (dv_sum - do_sum).square().sum((0, 2)),
-            "value_norm": do_sum.square().sum((0, 2))
-            + dv_sum.square().sum((0, 2))
-            + underflow(gradients["v"]) / dv.shape[1],
+            "value_norm": do_sum.square().sum((0, 2)) + dv_sum.square().sum((0, 2)),
             "bias_num": -(dk_sum * u).sum((0, 2)),
             "bias_den": u.square().sum((0, 2)),
-            "key_noise": _per_group(unsure.sum((0, 2)), groups) * scale**2 + underflow(gradients["k"]) / groups,
+            "key_noise": unsure * scale**2,
             "delta": delta.sum((0, 2)),
             "delta_sign": delta.sign().sum((0, 2)),
-            "delta_rows": torch.ones_like(delta).sum((0, 2)),
-            "grad_out": _sum(do.square()),
+            "delta_rows": torch.full_like(delta[0, :, 0], delta.shape[0] * delta.shape[2]),
+            "grad_out": p["out_square"].sum((0, 2)),
         }
-    found["grad_nonfinite"] = torch.stack([_count(~torch.isfinite(x)) for x in raw.values()])
-    found["grad_absmax"] = torch.stack([_largest(x.abs()).amax() for x in raw.values()])
+        if "v_underflow" in p:
+            found["value_norm"] += p["v_underflow"] / value_heads
+        if "k_underflow" in p:
+            found["key_noise"] += p["k_underflow"] / groups
+    present = [role for role in _ROLES if f"{role}_square" in p]
+    found["grad_nonfinite"] = torch.stack([_whole(p[f"{role}_lost"]) for role in present])
+    found["grad_absmax"] = torch.stack([p[f"{role}_largest"].amax().float() for role in present])
     return found
+
+
+backward = TwoStages(_backward_first, _backward_rest)
+"""The laws' sums, a key/value head each, and gradient statistics. Without ``out``, those that need only q, k and v."""
 
 
 def bounded(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from foreshock.passes.taps import Statistics, register_statistics
 from foreshock.patterns import GraphView, Match
 from foreshock.records import Facts, Probe
+from foreshock.stages import TwoStages
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ class Plan:
                 continue
             if not sizes:
                 continue  # it has nothing to say of such a site
-            name = f"{probe.kind}/{probe.name}/{part}:{getattr(function, '__qualname__', '')}:{version(function)}"
+            source = function.rest if isinstance(function, TwoStages) else function
+            name = f"{probe.kind}/{probe.name}/{part}:{getattr(source, '__qualname__', '')}:{version(source)}"
             what = f"{of or 'running '}probe `{probe.name}`"
             register_statistics(name, function, self.report and functools.partial(self.report, what))
             statistics[name] = sum(sizes.values())
@@ -188,9 +190,12 @@ def before(graph: Graph, node: Node) -> Iterator[None]:
 
 @functools.cache
 def version(function: Callable[..., Any]) -> str:
-    """Changes when the source of ``function``'s module does, so that no cache serves what was compiled with an older one."""
+    """Changes when the source of ``function``'s module does, or of one that it takes functions from, so that no cache serves what
+    was compiled with an older one."""
     try:
-        text = inspect.getsource(sys.modules[function.__module__])
+        module = sys.modules[function.__module__]
+        taken = {value.__module__ for value in vars(module).values() if inspect.isfunction(value)} - {module.__name__}
+        text = "".join(inspect.getsource(sys.modules[name]) for name in (module.__name__, *sorted(taken)))
     except (OSError, TypeError, KeyError):
         text = repr(getattr(function, "__code__", function))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The three ops that foreshock puts into a graph: one reads a boundary forward, two read gradients there.
+"""The ops that foreshock puts into a graph: one reads a boundary forward, two read gradients there, one finishes for either.
 
 ``foreshock::read(tensors, rows, spec)`` returns a site's forward statistics as one vector.
 
@@ -8,7 +8,9 @@ expanded views of an input); ``enter`` then holds every input, output and gradie
 site's statistics with the function registered for it, and returns them as the gradient of ``slot``. An operand that is made
 only after another has entered (values after logits) takes the same way back as the output.
 
-All are composite: autograd and the compilers see through them to ordinary torch ops, and the compile caches accept them as
+``foreshock::rest(partials, spec)`` is the second of `TwoStages` on CPU, which no compiler looks into.
+
+The others are composite: autograd and the compilers see through them to ordinary torch ops, and the compile caches accept them as
 ops, which they do not with Python functions in the graph. ``spec`` is a JSON string; it names the statistics and carries
 everything they depend on, so that it is part of every cache key.
 """
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from foreshock.layout import canonical
+from foreshock.stages import TwoStages
 
 Spec = Mapping[str, Any]
 Named = Mapping[str, Tensor]  # tensors by role
@@ -39,6 +42,9 @@ _library = torch.library.Library("foreshock", "DEF")
 _library.define("read(Tensor[] tensors, Tensor rows, str spec) -> Tensor")
 _library.define("enter(Tensor[] inputs, Tensor slot, str spec) -> Tensor[]")
 _library.define("leave(Tensor x, Tensor[] carriers, str layout) -> Tensor")
+_library.define(
+    "rest(Tensor[] partials, str spec) -> Tensor", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
+)
 
 
 def register_statistics(name: str, function: Statistics, on_error: Callable[[Exception], None] | None = None) -> None:
@@ -74,10 +80,36 @@ def _compute(spec: Spec, tensors: Named, more: Any, device: torch.device) -> Ten
 def _one(name: str, size: int, spec: Spec, tensors: Named, more: Any, device: torch.device) -> Tensor:
     try:
         with torch.autocast(device.type, enabled=False):  # in the precision that the probe names
-            return packed(_statistics[name](spec, tensors, more))
+            function = _statistics[name]
+            if device.type != "cpu" or not isinstance(function, TwoStages):
+                return packed(function(spec, tensors, more))
+            partials = function.first(spec, tensors, more)
+            rest = {**spec, "statistics": {name: size}, "partials": list(partials)}
+            left: Tensor = REST(list(partials.values()), json.dumps(rest))
+            return left
     except Exception as error:
-        _on_error[name](error)
-        return torch.full((size,), math.nan, device=device)
+        return _missing(name, size, device, error)
+
+
+def _missing(name: str, size: int, device: torch.device, error: Exception) -> Tensor:
+    _on_error[name](error)
+    return torch.full((size,), math.nan, device=device)
+
+
+def _rest(partials: list[Tensor], spec: str) -> Tensor:
+    parsed, device = _parse(spec), partials[0].device
+    ((name, size),) = parsed["statistics"].items()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            rest: Any = _statistics[name]
+            return packed(rest.rest(parsed, dict(zip(parsed["partials"], partials, strict=True))))
+    except Exception as error:
+        return _missing(name, size, device, error)
+
+
+def _rest_of_fakes(partials: list[Tensor], spec: str) -> Tensor:
+    (size,) = _parse(spec)["statistics"].values()
+    return partials[0].new_empty(size, dtype=torch.float32)
 
 
 def _read(tensors: list[Tensor], rows: Tensor, spec: str) -> Tensor:
@@ -146,7 +178,10 @@ def _leave(x: Tensor, carriers: list[Tensor], layout: str) -> Tensor:
 _library.impl("read", _read, "CompositeImplicitAutograd")
 _library.impl("enter", _enter, "CompositeImplicitAutograd")
 _library.impl("leave", _leave, "CompositeImplicitAutograd")
+_library.impl("rest", _rest, "CompositeExplicitAutograd")
+torch.library.register_fake("foreshock::rest", _rest_of_fakes, lib=_library)
 
 READ = torch.ops.foreshock.read.default
 ENTER = torch.ops.foreshock.enter.default
 LEAVE = torch.ops.foreshock.leave.default
+REST = torch.ops.foreshock.rest.default

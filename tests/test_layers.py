@@ -77,7 +77,7 @@ def _outside(reached: set[str], room: str, allowed: tuple[str, ...]) -> set[str]
     return {name for name in ours if not any(name == entry or name.startswith(f"{entry}.") for entry in allowed)}
 
 
-LEAVES = ("foreshock.records", "foreshock.errors", "foreshock.layout")
+LEAVES = ("foreshock.records", "foreshock.errors", "foreshock.layout", "foreshock.stages")
 
 
 def test_the_walk_sees_the_whole_library() -> None:

@@ -192,9 +192,9 @@ class Collector:
                 with self.costs.of(SAMPLING if step in sampled else LOGGED):
                     self._finish_step(step)
 
-    def record(self, coverage: Callable[[], Coverage], **facts: Any) -> None:
+    def record(self, coverage: Callable[[], Coverage], facts: Callable[[], dict[str, Any]]) -> None:
         """Write down the ledger, and facts about the run, with all that was worked off."""
-        self._guarded("writing to the store", lambda: self.store.meta(**facts))
+        self._guarded("writing to the store", lambda: self.store.meta(**facts()))
         self._guarded("writing to the store", lambda: self.store.coverage(coverage()))
         self.flush()
 

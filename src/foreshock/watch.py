@@ -240,7 +240,7 @@ class Watch:
     def flush(self) -> None:
         """Work off everything that is complete and write it down."""
         self._catch_up()
-        self.collector.record(lambda: self.coverage, steps=self.step, cost=self.cost())
+        self.collector.record(lambda: self.coverage, lambda: {"steps": self.step, "cost": self.cost()})
 
     def cost(self) -> dict[str, str]:
         """What watching took so far, part by part, and what that is of a step now; all in words."""

@@ -12,8 +12,9 @@ from attention_reference import reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from foreshock.monitors.attention_probe import ATTENTION, SEQUENCES, backward, finish, forward
+from foreshock.monitors.attention_probe import ATTENTION, backward, finish, forward
 from foreshock.monitors.metrics import metric
+from foreshock.monitors.sampled_rows import SEQUENCES
 
 Arrays = dict[str, np.ndarray]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

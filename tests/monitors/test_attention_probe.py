@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from foreshock import Watch
-from foreshock.monitors.attention_probe import SEQUENCES, backward, finish, forward
+from foreshock.monitors.attention_probe import backward, finish, forward
+from foreshock.monitors.sampled_rows import SEQUENCES
 
 sdpa = functional.scaled_dot_product_attention
 LAWS = ("law/key_shift", "law/value_mass", "law/euler")

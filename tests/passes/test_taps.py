@@ -7,11 +7,14 @@ import logging
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn import functional
 
 from foreshock import Watch
-from foreshock.passes.taps import ENTER, LEAVE, READ, register_statistics
+from foreshock.passes.taps import ENTER, LEAVE, READ, REST, register_statistics
+from foreshock.stages import TwoStages
 
 sdpa = functional.scaled_dot_product_attention
 ROLES = ("q", "k", "v")
@@ -189,6 +192,43 @@ def test_reading_a_boundary_is_no_part_of_the_gradient(one_thread) -> None:
     vector = torch.compile(lambda: READ([x], rows, spec), backend="aot_eager", fullgraph=True)()
     assert not vector.requires_grad
     torch.testing.assert_close(vector, torch.cat([x.detach().sum().reshape(1), rows[:2]]))
+
+
+def _two_stages(rest) -> TwoStages:
+    return TwoStages(lambda spec, t, rows: {"sum": t["x"].sum(1), "rows": rows}, rest)
+
+
+def test_a_compiler_sees_the_first_of_two_stages_alone(one_thread) -> None:
+    seen: list[object] = []
+
+    def keep(module, inputs):
+        seen.extend(node.target for node in module.graph.nodes if node.op == "call_function")
+        return make_boxed_func(module.forward)
+
+    stages = _two_stages(lambda spec, p: {"square": p["sum"].square().sum() * spec["factor"], "rows": p["rows"][:2]})
+    register_statistics("test_stages", stages)
+    x, rows = torch.randn(3, 5, requires_grad=True), torch.rand(4)
+    spec = {"statistics": {"test_stages": 3}, "roles": ["x"], "factor": 2.0}
+    read = torch.compile(lambda: READ([x], rows, json.dumps(spec)), backend=aot_autograd(fw_compiler=keep))
+    whole = stages(spec, {"x": x.detach()}, rows)
+    assert torch.equal(read(), torch.cat([whole["square"].reshape(1), whole["rows"]]))
+    assert REST in seen
+    assert torch.ops.aten.mul.Tensor not in seen
+
+
+def test_a_second_stage_that_fails_as_it_runs_leaves_the_rest_as_it_is(one_thread) -> None:
+    def fails(spec, partials):
+        raise ValueError("no statistics today")
+
+    told: list[Exception] = []
+    register_statistics("test_stage_fails", _two_stages(fails), told.append)
+    spec = json.dumps({"statistics": {"test_stage_fails": 3}, "roles": ["x"]})
+    read = torch.compile(lambda x: (READ([x], torch.rand(4), spec), x + 1), backend="aot_eager", fullgraph=True)
+    vector, more = read(torch.ones(3, 5))
+    assert vector.shape == (3,)
+    assert vector.isnan().all()
+    assert torch.equal(more, torch.full((3, 5), 2.0))
+    assert [str(error) for error in told] == ["no statistics today"]
 
 
 def test_taps_that_stand_right_behind_the_inputs() -> None:
