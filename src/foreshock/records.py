@@ -26,6 +26,12 @@ def as_it_is(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a `DTensor`, without a collective; any other tensor itself."""
+    found: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What is measured at one kind of site. Several probes of a kind stand beside each other, each under a name of its own.
@@ -147,7 +153,7 @@ class WeightView:
             raise LookupError(f"reading the weight {', '.join(self.names)}: the parameter no longer exists")
         found, at = [], 0
         for stage in self.stages:
-            weight, *gains = (read(x).detach() for x in held[at : at + 1 + len(stage.gains)])
+            weight, *gains = (local(read(x).detach()) for x in held[at : at + 1 + len(stage.gains)])
             matrix, gain = stage.matrix(weight), stage.gain(gains)
             gain = None if gain is None else gain.to(weight.device)
             if stage.unit:

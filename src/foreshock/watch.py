@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,7 +19,7 @@ from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
 from foreshock.config import Settings, families, load_settings
 from foreshock.fallbacks import Fallbacks
-from foreshock.instances import Instances
+from foreshock.instances import Instance, Instances
 from foreshock.masters import Masters
 from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
@@ -29,6 +29,7 @@ from foreshock.patterns import GraphView, Match, Pattern
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
 from foreshock.runtime import Sample
+from foreshock.sharding import Sharding
 from foreshock.store import MemoryStore, RunStore, of_this_rank
 
 _log = logging.getLogger("foreshock")
@@ -125,13 +126,16 @@ class Watch:
         healthy = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
+        self.sharding = Sharding(self.instances, self.fail)
+        read = self.sharding.reading(self.masters.read)
         stride = max(min(self.settings.windows), self.settings.every)
         steps = [StepMonitor(self.families)] if self.families & AROUND_STEPS else []
         self._state: dict[str, Any] = {
             "bias": BiasLaw(),
-            "spectra": Spectra(self.settings.windows, stride, self.masters.read),
-            "router": RouterWeights(self.masters.read),
+            "spectra": Spectra(self.settings.windows, stride, read, self.sharding.share),
+            "router": RouterWeights(read),
         }
+        self.sharding.readers = [self._state["spectra"]] if "spectra" in self.families else []
         self.collector = Collector(
             self.instances,
             store,
@@ -199,6 +203,7 @@ class Watch:
     def bind(self, model: torch.nn.Module) -> Watch:
         """Use ``model``'s own parameter names, also for layers that share one compiled graph. Returns the watch."""
         self.instances.learn_names(((p, name) for name, p in model.named_parameters()), bound=True)
+        self.sharding.bind(model)
         return self
 
     def log(self, **scalars: Any) -> None:
@@ -233,6 +238,7 @@ class Watch:
         self.acting.closing = True
         try:
             self._catch_up()
+            self.sharding.weigh(self.clock.step - 1, self.collector.weigh, last=True)
             self.collector.finish(_EVERYTHING)
             self.flush()
             self.acting.settle()
@@ -294,8 +300,9 @@ class Watch:
     def is_sampled(self, step: int) -> bool:
         return step % self.settings.every == 0
 
-    def begin_forward(self) -> bool:
-        """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
+    def begin_forward(self, instances: Collection[Instance]) -> bool:
+        """A watched graph of ``instances`` is about to run in training: catch up with finished steps; whether this one is
+        sampled."""
         if self._closed:
             return False
         if _torch.in_backward():
@@ -304,6 +311,7 @@ class Watch:
         if self.clock.step != self._finished:
             self._catch_up()
             self.acting.settle()
+        self.sharding.called(instances)
         return self.is_sampled(self.clock.step)
 
     def deliver(self, sample: Sample) -> None:
@@ -333,12 +341,14 @@ class Watch:
     def _statuses(self) -> tuple[SiteStatus, ...]:
         trained = self.collector.trained
         untrained = {i for i in self.instances if i.evaluations and i not in trained}
+        around = self.families & AROUND_STEPS
         told = {i: (NEVER_TRAINED,) if i in untrained else self.masters.notes(i.site) for i in self.instances}
+        told = {i: (*notes, *self.sharding.notes(i.site, around)) for i, notes in told.items()}
         return tuple(instance.status(more) for instance, more in told.items())
 
     def _catch_up(self) -> None:
         self._finished = self.clock.step
-        self.collector.weigh(self.clock.step - 1)
+        self.sharding.weigh(self.clock.step - 1, self.collector.weigh)
         self.collector.finish(self.clock.step)
 
     def _before_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
