@@ -11,7 +11,7 @@ A snapshot holds matrices in the precision that they were read in, gains apart i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from foreshock.monitors.increments import UPDATE_RATIO, increment, statistics
-from foreshock.records import Array, Read, Reading, Site, WeightView, as_it_is
+from foreshock.records import Array, Read, Reading, Share, Site, WeightView, as_it_is
 
 __all__ = ["UPDATE_RATIO", "Spectra"]
 
@@ -29,7 +29,6 @@ KEPT_AS_THEY_ARE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Of each stage its matrix [heads, inputs, channels], in the precision it was read in, and its gain [heads, channels], float64.
 Side = tuple[Tensor, ...]
 Pair = tuple[WeightView, WeightView]
-Share = Callable[[Tensor], tuple[int, int] | None]  # (rank, ranks) of a parameter that is whole in calls alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +100,9 @@ class Spectra:
             self.take(step, sites)
         self._last = step
         views = _views(sites)
-        now, self._taken = {name: taken for name, taken in self._taken.items() if name in views}, {}
+        if self._known != tuple(views):
+            self._give_turns(views)
+        now, self._taken = {name: taken for name, taken in self._taken.items() if name in self._twins}, {}
         measured = [name for name in now if self._due(before, step, self._turns[name].slot)[0]]
         readings = [r for window in self.windows for r in self._measure(step, window, measured, now, views)]
         self._keep(before, step, now)

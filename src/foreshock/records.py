@@ -19,6 +19,7 @@ Facts = Mapping[str, Any]  # plain facts of a site: sizes, scale, layout; JSON v
 Tensors = Mapping[str, torch.Tensor]  # by role
 ALONE = (-1, -1)  # stands for an interval that is the onset alone
 Read = Callable[[torch.Tensor], torch.Tensor]  # what to read in a parameter's place: its fp32 master, or itself
+Share = Callable[[torch.Tensor], tuple[int, int] | None]  # (rank, ranks) of a parameter that is whole in calls alone
 
 
 def as_it_is(parameter: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ ranks that hold their weights between them, so that each is read, and its snapsh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,14 @@ class Sharding:
         except Exception as error:
             self._fail(f"monitor {type(reader).__name__}", error)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The step of which the weights are being read."""
+        return {"taking": self._taking}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._taking = state["taking"]
+
     # -- the ledger ------------------------------------------------------------------------------------------------------
 
     def notes(self, site: Site, families: Collection[str]) -> tuple[str, ...]:
@@ -110,8 +118,10 @@ class Sharding:
         shares = [x for x in held if self.share(x) is not None]
         notes = []
         if shares:
-            rank, ranks = self.share(shares[0]) or (0, 1)
-            notes.append(f"sharded over {ranks} ranks and whole in calls alone: each site's weights are read on one of them")
+            ranks = self._known[id(shares[0])].ranks
+            notes.append(
+                f"sharded over {ranks} ranks and whole in calls alone: each site's weights are read on one of them"
+            )
             coarse = {x.dtype: "" for x in shares if x.dtype in _UNSEEN}
             for dtype in coarse:
                 told = f"gathered in {str(dtype).removeprefix('torch.')}"

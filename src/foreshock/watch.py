@@ -21,7 +21,7 @@ from foreshock.config import Settings, families, load_settings
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instance, Instances
 from foreshock.masters import Masters
-from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
+from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, SharedRouterWeights, Spectra
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
 from foreshock.monitors.step_monitor import StepMonitor
 from foreshock.monitors.tiers import probes as built_in
@@ -133,16 +133,19 @@ class Watch:
         self._state: dict[str, Any] = {
             "bias": BiasLaw(),
             "spectra": Spectra(self.settings.windows, stride, read, self.sharding.share),
-            "router": RouterWeights(read),
+            "router": RouterWeights(read, self.sharding.share),
+            "shared_router": SharedRouterWeights(self.settings.every, read, self.sharding.share),
+            "sharding": self.sharding,
         }
-        self.sharding.readers = [self._state["spectra"]] if "spectra" in self.families else []
+        each_step = {"spectra": self._state["spectra"], "router": self._state["shared_router"]}
+        self.sharding.readers = [monitor for family, monitor in each_step.items() if family in self.families]
         self.collector = Collector(
             self.instances,
             store,
             families=self.families,
             derived=[self._state["bias"]],
             weights=[*([self._state["router"]] if "router" in self.families else []), *own],
-            each_step=[self._state["spectra"]] if "spectra" in self.families else [],
+            each_step=self.sharding.readers,
             steps=steps,
             judge=Judge(
                 healthy,
