@@ -19,8 +19,9 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.fx import Graph
 
+from foreshock.monitors.ledger import details
 from foreshock.patterns.sharded import Part, among_all, on_this_rank, part_of
-from foreshock.records import Stage
+from foreshock.records import Site, Stage
 
 Job = list[dict[str, Any]]
 SLOW = pytest.mark.slow
@@ -260,3 +261,12 @@ def test_examples_print_what_their_pages_show(name: str, lines: list[str]) -> No
     for line in lines:
         assert line in ended.stdout
         assert line in page
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [({"head_offset": 2, "heads_of": 4}, "heads 2 to 3 of 4"), ({"head_offset": 0, "heads_of": 2}, ""), ({}, "")],
+)
+def test_the_ledger_says_which_heads_a_rank_has(facts: dict[str, int], said: str) -> None:
+    site = Site("a", "a", "attention", "sdpa", heads=2, kv_heads=1, head_dim=4, causal=True, facts=facts)
+    assert details(site) == ", ".join(filter(None, ("causal", said)))
