@@ -23,7 +23,7 @@ from foreshock.monitors.metrics import METRICS, Metric, family, metric, register
 from foreshock.monitors.policy import Limit, Trend
 from foreshock.monitors.sinks import ConsoleSink, Sink
 from foreshock.monitors.spectra import Spectra
-from foreshock.monitors.weights import RouterWeights
+from foreshock.monitors.weights import RouterWeights, SharedRouterWeights
 from foreshock.records import Probe, Reading
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "RobustZ",
     "RouterWeights",
     "SeriesTest",
+    "SharedRouterWeights",
     "Sink",
     "Spectra",
     "Trend",

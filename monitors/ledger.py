@@ -59,8 +59,22 @@ def details(site: Site) -> str:
         f"scoring {site.scoring}" if site.scoring is not None else "",
         f"by {site.selection}" if site.selection not in (None, "topk") else "",
         "biased choice" if site.biased else "",
+        _among(site),
     )
     return ", ".join(filter(None, words))
+
+
+def _among(site: Site) -> str:
+    """Under tensor parallelism, which of the whole model's heads or experts these are."""
+    parts = (
+        ("heads", "head_offset", "heads_of", site.heads),
+        ("experts", "experts_offset", "experts_of", site.experts),
+    )
+    for word, offset, whole, own in parts:
+        first, of = site.facts.get(offset), site.facts.get(whole)
+        if first is not None and of is not None and own is not None and own < of:
+            return f"{word} {first} to {first + own - 1} of {of}"
+    return ""
 
 
 def weights(site: Site) -> list[str]:

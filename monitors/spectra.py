@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foreshock.monitors.increments import UPDATE_RATIO, increment, precision, statistics
-from foreshock.records import Array, Read, Reading, Site, WeightView, as_it_is
+from foreshock.records import Array, Read, Reading, Share, Site, WeightView, as_it_is
 
 __all__ = ["UPDATE_RATIO", "Spectra"]
 
@@ -69,6 +69,8 @@ class Spectra:
     suffix (``@50``). Every site is measured once a ``stride`` (default: the shortest window). Windows that are multiples of
     the stride share their snapshots: ``max(windows) / stride`` copies of the query and key weights, and one more of the sites
     whose turn it is. ``read`` gives the tensor to read in a parameter's place (its fp32 master).
+
+    Where ``share`` says that ranks hold a weight between them, `catch` copies it on one of these while it is whole.
     """
 
     def __init__(
@@ -76,39 +78,74 @@ class Spectra:
         windows: Sequence[int] = (10, 50),
         stride: int | None = None,
         read: Read = as_it_is,
+        share: Share = lambda parameter: None,
     ) -> None:
         self.windows = tuple(windows)
         self.stride = min(self.windows) if stride is None else stride
         self.read = read
+        self.share = share
+        self._taking: int | None = None
+        self._taken: dict[str, Factors] = {}  # of the sites whose turn it is at that step
         self._turns: dict[str, Turn] = {}  # by the first of the sites that share their weights
         self._twins: dict[str, list[str]] = {}
+        self._numbers: dict[str, int] = {}  # the ranks that hold a weight between them take the sites in turns
         self._known: tuple[str, ...] | None = None
         self._last: int | None = None
 
     def update(self, step: int, sites: Sequence[Site]) -> list[Reading]:
         """Readings of the attention sites whose turn it is and whose two weights are known, one value a query head."""
-        before = step - 1 if self._last is None else self._last
+        before = self._before(step)
         if step <= before:
             return []
+        if self._taking != step:
+            self.take(step, sites)
         self._last = step
-        views = {site.id: (site.q_weight, site.k_weight) for site in sites if site.q_weight and site.k_weight}
-        views = {site: (q, k) for site, (q, k) in views.items() if q.index.shape[1] == k.index.shape[1]}
+        views = _views(sites)
         if self._known != tuple(views):
             self._give_turns(views)
-        now: dict[str, Factors] = {}
-        measured: list[str] = []
-        for name in self._twins:
-            measures, until = self._due(before, step, self._turns[name].slot)
-            if not measures and until is None:
-                continue
-            if any(view.held() is None for view in views[name]):
-                self._known = None  # a parameter is gone: its site gives up its turn
-                continue
-            now[name] = _factors(views[name], self.read)
-            measured += [name] * measures
+        now, self._taken = {name: taken for name, taken in self._taken.items() if name in self._twins}, {}
+        measured = [name for name in now if self._due(before, step, self._turns[name].slot)[0]]
         readings = [r for window in self.windows for r in self._measure(step, window, measured, now, views)]
         self._keep(before, step, now)
         return readings
+
+    def take(self, step: int, sites: Sequence[Site]) -> None:
+        """Copy now the weights after ``step`` that `update` is to measure, of those of ``sites`` that always stand."""
+        if step <= self._before(step):
+            return
+        self._taking, self._taken = step, {}
+        views = _views(sites)
+        if self._known != tuple(views):
+            self._give_turns(views)
+        for name in self._twins:
+            if not self._is_due(name):
+                continue
+            held = views[name][0].resolve()
+            if held is None or views[name][1].resolve() is None:
+                self._known = None  # a parameter is gone: its site gives up its turn
+            elif self.share(held) is None:
+                self._taken[name] = _factors(views[name], self.read)
+
+    def catch(self, site: Site) -> None:
+        """The same for a site of which the weights are whole now, in the first call since, where it falls to this rank."""
+        number = self._numbers.get(site.id)
+        if number is None or site.id in self._taken or not self._is_due(site.id):
+            return
+        for name, views in _views([site]).items():
+            held = views[0].resolve()
+            rank, ranks = (held is not None and self.share(held)) or (0, 0)
+            if ranks and number % ranks == rank:
+                self._taken[name] = _factors(views, self.read)
+
+    def _before(self, step: int) -> int:
+        return step - 1 if self._last is None else self._last
+
+    def _is_due(self, name: str) -> bool:
+        step = self._taking
+        if step is None or step <= self._before(step):
+            return False
+        measures, until = self._due(self._before(step), step, self._turns[name].slot)
+        return measures or until is not None
 
     def _give_turns(self, views: Mapping[str, Pair]) -> None:
         """One turn for all sites that share both weights, on the slot with the fewest: 0 first, then those right before it."""
@@ -130,6 +167,7 @@ class Spectra:
                 slot = min(range(self.stride), key=lambda slot: (load[slot], -slot % self.stride))
                 load[slot] += 1
                 self._turns[name] = Turn(slot)
+        self._numbers = {name: number for number, name in enumerate(self._twins)}
 
     def spread(self, stride: int) -> None:
         """Measure every site once in ``stride`` steps from now on. Where that is a multiple of the stride so far, a site keeps some
@@ -183,6 +221,8 @@ class Spectra:
         """Whose turn it is, and the snapshots as tensors on the host; a resumed run goes on without a gap."""
         return {
             "last": self._last,
+            "taking": self._taking,
+            "taken": {name: (taken.q, taken.k, taken.precision) for name, taken in self._taken.items()},
             "turns": {
                 name: (
                     turn.slot,
@@ -197,11 +237,19 @@ class Spectra:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`. Snapshots of sites that do not come back are dropped once they are too old."""
-        self._last, self._known = state["last"], None
+        self._last, self._known, self._taking = state["last"], None, state["taking"]
+        self._taken = {name: Factors(*taken) for name, taken in state["taken"].items()}
         self._turns = {
             name: Turn(slot, [Entry(step, until, Factors(q, k, kind)) for step, until, q, k, kind in ring])
             for name, (slot, ring) in state["turns"].items()
         }
+        self._numbers = {name: number for number, name in enumerate(self._turns)}
+
+
+def _views(sites: Sequence[Site]) -> dict[str, Pair]:
+    """The two weights of each site where both are known, and meet in a product."""
+    views = {site.id: (site.q_weight, site.k_weight) for site in sites if site.q_weight and site.k_weight}
+    return {site: (q, k) for site, (q, k) in views.items() if q.index.shape[1] == k.index.shape[1]}
 
 
 def _on_host(side: Side) -> Side:

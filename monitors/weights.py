@@ -1,36 +1,37 @@
 """Router weights, read as they stand (arXiv 2606.28116): are the experts' rows growing alike?
 
-Row ``w_i`` of a router is expert ``i``'s direction, ``[hidden]``.
+Row ``w_i`` of a router is expert ``i``'s direction, ``[hidden]``. Weights that ranks hold between them are read in the first call
+with the whole ones after the step, by one of these ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from foreshock.records import Array, Read, Reading, Site, as_it_is
+from foreshock.records import Array, Read, Reading, Share, Site, as_it_is
 
 
 class RouterWeights:
     """``router/similarity``, ``conditioning``, ``effective_rank`` and row norms of every router whose weight is known.
 
-    ``read`` gives the tensor to read in a parameter's place (its fp32 master).
+    ``read`` gives the tensor to read in a parameter's place (its fp32 master); those that have a ``share`` are left to
+    `SharedRouterWeights`.
     """
 
-    def __init__(self, read: Read = as_it_is) -> None:
-        self.read = read
+    def __init__(self, read: Read = as_it_is, share: Share = lambda parameter: None) -> None:
+        self.read, self.share = read, share
 
     def update(self, step: int, sites: Sequence[Site]) -> list[Reading]:
         """One reading of length 1 per metric and router; a router whose weight is gone is skipped."""
         readings = []
-        for site in sites:
-            if site.kind != "router" or site.weight is None or site.weight.resolve() is None:
-                continue
-            rows = site.weight.factors(self.read)[0].T.double().cpu().numpy()
-            readings += [Reading(name, site.id, np.array([value])) for name, value in router_statistics(rows).items()]
+        for site, weight in _routers(sites):
+            if self.share(weight) is None:
+                readings += _readings(site.id, _rows(site, self.read))
         return readings
 
     def state_dict(self) -> dict[str, Any]:
@@ -39,6 +40,63 @@ class RouterWeights:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing is kept between steps."""
+
+
+class SharedRouterWeights:
+    """The same of routers whose weight is whole in calls alone: `catch` copies the weights after the steps that ``every`` divides,
+    the ranks take the routers in turns, and ``update`` has the readings once the calls have been."""
+
+    def __init__(self, every: int, read: Read, share: Share) -> None:
+        self.every, self.read, self.share = every, read, share
+        self._taking: int | None = None
+        self._numbers: dict[str, int] = {}
+        self._caught: dict[str, Tensor] = {}
+
+    def take(self, step: int, sites: Sequence[Site]) -> None:
+        """``step`` is over, and its weights are whole from the next calls on."""
+        self._taking, self._caught = step, {}
+        self._numbers = {site.id: number for number, (site, _) in enumerate(_routers(sites))}
+
+    def catch(self, site: Site) -> None:
+        """``site`` is about to be called with its whole weight."""
+        number = self._numbers.get(site.id)
+        if self._taking is None or self._taking % self.every or number is None or site.id in self._caught:
+            return
+        for _, weight in _routers([site]):
+            rank, ranks = self.share(weight) or (0, 0)
+            if ranks and number % ranks == rank:
+                self._caught[site.id] = _rows(site, self.read).clone()
+
+    def update(self, step: int, sites: Sequence[Site]) -> list[Reading]:
+        """The readings of ``step``."""
+        caught, self._caught = self._caught if step == self._taking else {}, {}
+        return [reading for site, rows in caught.items() for reading in _readings(site, rows)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose turn it is; a resumed run goes on without a gap."""
+        return {"taking": self._taking, "numbers": self._numbers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._taking, self._numbers, self._caught = state["taking"], dict(state["numbers"]), {}
+
+
+def _routers(sites: Sequence[Site]) -> Iterator[tuple[Site, Tensor]]:
+    for site in sites:
+        weight = site.weight.resolve() if site.kind == "router" and site.weight is not None else None
+        if weight is not None:
+            yield site, weight
+
+
+def _rows(site: Site, read: Read) -> Tensor:
+    """``[experts, hidden]``, on the weight's device."""
+    assert site.weight is not None
+    return site.weight.factors(read)[0].T
+
+
+def _readings(site: str, rows_ED: Tensor) -> list[Reading]:
+    statistics = router_statistics(rows_ED.double().cpu().numpy())
+    return [Reading(name, site, np.array([value])) for name, value in statistics.items()]
 
 
 def router_statistics(rows_ED: Array) -> dict[str, float]:

@@ -15,6 +15,7 @@ from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import shape, tensor, value
 from foreshock.patterns.pattern import Edge, Match, Miss
 from foreshock.patterns.provenance import Origin, Untraced, trace, weight_view
+from foreshock.patterns.sharded import among_all
 from foreshock.records import WeightView
 
 BACKWARD_LAWS = ("law/key_shift", "law/value_mass", "law/euler", "law/bias")
@@ -93,6 +94,7 @@ def attention_site(
             "dropout": float("nan") if dropout is None else float(dropout),
             "dtype": coarsest_dtype([roles[role] for role in ("q", "k", "v", "out") if role in roles]),
             **({} if fits else {"recompute": False}),
+            **traced.facts,
             **(facts or {}),
         },
         laws=laws,
@@ -103,19 +105,23 @@ def attention_site(
 
 
 class Traced(NamedTuple):
-    """The weights behind q and k, their placeholders, what is to say of them, and how many key heads are distinct."""
+    """The weights behind q and k, their placeholders, what is to say of them, and how many key heads are distinct.
+
+    ``facts``: of a `DTensor`, which of the whole model's heads this rank's are (``head_offset`` of ``heads_of``, and of keys).
+    """
 
     weights: dict[str, WeightView]
     sources: dict[str, tuple[Node, ...]]
     notes: tuple[str, ...]
     kv_heads: int
+    facts: dict[str, int]
 
 
 def traced_weights(
     view: GraphView, roles: Mapping[str, Node], layout: Mapping[str, str], sizes: Mapping[str, Sizes]
 ) -> Traced:
     """Back from q and k to the weights, for tensors that lie as ``layout`` says and are ``sizes`` with heads first."""
-    found = Traced({}, {}, (), sizes["k"][1])
+    found = Traced({}, {}, (), sizes["k"][1], {})
     for role in ("q", "k"):
         origin = _origin(view, roles[role], layout[role], sizes[role])
         if not isinstance(origin, Origin):
@@ -126,6 +132,10 @@ def traced_weights(
             found.weights[f"{role}_weight"] = weight
         found.sources[f"{role}_weight"] = origin.sources
         found = found._replace(notes=(*found.notes, *(f"{role}: {note}" for note in origin.notes)))
+        place = among_all(origin.parameter, origin.axes, len(origin.index))
+        if place is not None:
+            names = ("head_offset", "heads_of") if role == "q" else ("kv_head_offset", "kv_heads_of")
+            found.facts.update(zip(names, place, strict=True))
         if role == "k":
             found = found._replace(kv_heads=min(found.kv_heads, len(origin.index)))
     return found

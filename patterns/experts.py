@@ -19,6 +19,7 @@ from foreshock.patterns.ops import shape
 from foreshock.patterns.pattern import Match
 from foreshock.patterns.provenance import weight_of
 from foreshock.patterns.pullback import Pull
+from foreshock.patterns.sharded import on_this_rank
 from foreshock.records import Stage
 
 ROLE = "expert_weight"
@@ -38,8 +39,9 @@ def _with_experts(match: Match, matches: Sequence[Match]) -> Match:
     found: dict[Node, Stage] = {}
     for reader, x in _met(view, match, matches):
         held = _by_expert(view, x, reader, int(match.facts["experts"]))
-        if held is not None:
-            found.setdefault(*held)
+        own = None if held is None else on_this_rank(held[1], held[0], ())
+        if held is not None and isinstance(own, Stage):
+            found.setdefault(held[0], own)
     for node in (node for other in matches for nodes in other.sources.values() for node in nodes):
         found.pop(node, None)
     if not found:

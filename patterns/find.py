@@ -19,6 +19,7 @@ from foreshock.patterns.overlooked import overlooked
 from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.router import ROUTER
 from foreshock.patterns.router_laws import with_router_laws
+from foreshock.patterns.sharded import is_sharded
 from foreshock.patterns.written import WRITTEN
 
 BUILTIN: tuple[Pattern, ...] = (SDPA, WRITTEN, FLEX, *PUBLIC, ROUTER)
@@ -111,6 +112,10 @@ def _without_doubles(results: list[Match | Miss], own: list[Match]) -> list[Matc
 def _outside(region: GraphView, result: Match | Miss) -> Match | Miss:
     if not isinstance(result, Match):
         return result
+    spread = [role for role, node in result.roles.items() if is_sharded(node)]
+    if spread:
+        told = f"its {', '.join(spread)} are laid out over ranks (DTensor); probes read a rank's own part, `to_local()`"
+        return Miss(result.anchor, told)
     in_function = region.call is not None and op(region.call) == FUNCTION
     return lift(region, result) if in_function else replace(with_router_laws(region, result), view=region)
 

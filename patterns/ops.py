@@ -34,7 +34,7 @@ _ALIASES = {
     "split_with_sizes": "split", "__getitem__": "getitem", "concat": "cat", "concatenate": "cat",
     "attr.T": "t", "attr.mT": "mT", "attr.data": "identity", "numpy_T": "t",
     "_softmax": "softmax", "mm": "matmul", "bmm": "matmul", "feature_dropout": "dropout", "native_dropout": "dropout",
-    "select_scatter": "other",
+    "select_scatter": "other", "torch.distributed.tensor._api::from_local": "from_local",
 }  # fmt: skip
 
 

@@ -96,6 +96,7 @@ def _site(view: GraphView, way: list[Node]) -> Match | Miss:
             "dropout": float("nan"),
             "masked": True,
             "dtype": coarsest_dtype(list(roles.values())),
+            **traced.facts,
         },
         laws=dict.fromkeys(LAWS, "what happens between its products is not known"),
         weights=traced.weights,

@@ -16,6 +16,7 @@ from foreshock.patterns.graph import GraphView
 from foreshock.patterns.latent import latent
 from foreshock.patterns.ops import shape
 from foreshock.patterns.pullback import Pull
+from foreshock.patterns.sharded import on_this_rank
 from foreshock.patterns.trail import Gain, Trail
 from foreshock.records import Stage, WeightView
 
@@ -230,7 +231,11 @@ def _link(pull: Pull, trail: Trail, whole: tuple[int, int]) -> tuple[Link, list[
         factor=outputs.factor * trail.factor,
         unit=unit,
     )
-    return Link(outputs.node, tuple(gain.parameter for gain, _ in gains), stage, (*outputs.notes, *notes)), distinct
+    behind = tuple(gain.parameter for gain, _ in gains)
+    own = on_this_rank(stage, outputs.node, behind)
+    if isinstance(own, str):
+        return Untraced(f"{trail.node.name}: {own}")
+    return Link(outputs.node, behind, own, (*outputs.notes, *notes)), distinct
 
 
 def _gains_of_weight(outputs: Trail, corner: Trail, rows: int) -> tuple[list[Gain], bool, tuple[str, ...]]:

@@ -42,6 +42,7 @@ from foreshock.patterns.crossing import Step, caller, cut, inside, makes, outsid
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.known import FIXED, Known
 from foreshock.patterns.ops import args, argument, op, shape
+from foreshock.patterns.sharded import RULES as SHARDED
 from foreshock.patterns.trail import Found, Gain, Trail, along, each, noted, scaled, united
 from foreshock.patterns.writes import Write, through_memory
 
@@ -149,8 +150,8 @@ class Pull(Known):
             and "src" not in node.kwargs
         ):
             moved = c  # a number is stored in places
-        elif name in RULES:
-            moved = RULES[name](node, c)
+        elif (rule := RULES.get(name) or SHARDED.get(name)) is not None:
+            moved = rule(node, c)
         elif name in _CONVOLUTIONS and is_depthwise(node):
             moved = tuple(np.minimum(column, size - 1) for column, size in zip(c, shape(first) or (), strict=True))
         if moved is None and isinstance(first, Node) and shape(first) is not None:

@@ -24,6 +24,7 @@ from foreshock.patterns.pattern import Match, Miss, Pattern
 from foreshock.patterns.provenance import Origin, Untraced, trace_features, weight_view
 from foreshock.patterns.pullback import Pull
 from foreshock.patterns.selection import SELECTIONS, Selection, selections
+from foreshock.patterns.sharded import among_all
 
 _TOKENS_NEAR = 16  # steps from a projection back to the tokens it reads
 _VIEWS = frozenset({"cast", "identity", "reshape", "transpose", "permute", "t", "mT", "dropout", "getitem"})
@@ -207,6 +208,9 @@ def _described(
         facts["first_expert"] = first
     if selection.inverted:
         facts["inverted"] = True
+    among = among_all(origin.parameter, origin.axes, experts)
+    if among is not None:
+        facts["experts_offset"], facts["experts_of"] = among
     weight = weight_view(view, origin)
     return Match(
         kind="router",

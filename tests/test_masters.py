@@ -14,6 +14,8 @@ import pytest
 import torch
 from projections import separate
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
 from foreshock import ConfigError, Watch
@@ -428,3 +430,22 @@ def test_a_run_that_is_resumed_reads_and_judges_as_one_that_never_stopped(stop: 
         np.testing.assert_array_equal(np.concatenate([before[1], late[key][1]]), values)
     assert [of[0] for of in judged[0]] == [step for step, _ in (*judged[1], *judged[2])]
     assert repr(judged[0]) == repr(judged[1] + judged[2])
+
+
+def test_of_a_dtensor_this_ranks_part_of_the_master_is_read_without_a_collective(one_process, monkeypatch) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    (plain,) = weights((32, 32))
+    (wide,) = masters_of([plain])
+    parameter = nn.Parameter(DTensor.from_local(plain.detach(), mesh, [Shard(0)], run_check=False))
+    master = DTensor.from_local(wide.detach(), mesh, [Shard(0)], run_check=False)
+    optimizer, masters = Own([parameter], [master]), Masters()
+    masters.met(optimizer)
+    monkeypatch.setattr(DTensor, "redistribute", None)  # what a collective on a DTensor begins with
+    monkeypatch.setattr(DTensor, "full_tensor", None)
+    for _ in range(3):
+        found = masters.read(parameter)
+        assert type(found) is Tensor
+        assert found.data_ptr() == wide.data_ptr()
+    del optimizer, master, wide
+    gc.collect()
+    assert masters.read(parameter) is parameter

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.checkpoint
@@ -122,9 +123,50 @@ def root_module() -> str:
         translator = getattr(frame.f_locals.get("self"), "root_tx", None)
         if translator is not None:
             held = [x for x in translator.f_locals.values() if isinstance(x, torch.nn.Module)]
-            return type(held[0]).__name__ if held else ""
+            return _class_name(held[0]) if held else ""
         frame = frame.f_back
     return ""
+
+
+def _class_name(module: torch.nn.Module) -> str:
+    """The class that the user wrote: `fully_shard` puts one of its own, ``FSDP<name>``, before it. Checked on 2.13."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = type(module).__mro__
+    return kinds[2 if fsdp is not None and fsdp.FSDPModule in kinds[:2] else 0].__name__
+
+
+class Gathered(NamedTuple):
+    """A parameter that FSDP2 makes whole for a call. ``name`` is its path from the outermost module that `fully_shard` was given,
+    "" before the first forward pass; ``rank`` of ``ranks`` is this process's place among those that hold it between them."""
+
+    whole: torch.Tensor
+    sharded: torch.Tensor
+    module: torch.nn.Module
+    own_name: str
+    name: str
+    rank: int
+    ranks: int
+
+
+def gathered_parameters() -> Iterator[Gathered]:
+    """Every parameter that FSDP2 (`fully_shard`) has made whole so far, whichever model it is of. Checked on 2.13."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+
+    for reference in list(_module_state_mapping.values()):
+        state: Any = reference()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for held in (held for group in groups if group is not None for held in group.fsdp_params):
+            if hasattr(held, "_unsharded_param"):  # it has been gathered once
+                mesh, info = held.mesh_info.mesh, held._module_info
+                rank = 0
+                for at, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
+                    rank = rank * size + at
+                name = held._param_fqn or ""
+                yield Gathered(
+                    held._unsharded_param, held.sharded_param, info.module, info.param_name, name, rank, mesh.size()
+                )
 
 
 def is_skipped(filename: str) -> bool:

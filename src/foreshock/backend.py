@@ -68,6 +68,7 @@ class Backend:
         with watch.costs.of(REWRITING):
             copied, _ = copy_graph(gm)
             expand(copied)
+            watch.sharding.learn(inputs)
             view = GraphView.of(copied.graph, inputs, watch.instances.name_of, _torch.root_module())
             watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())
             findings = find(view, watch.patterns)
@@ -163,6 +164,7 @@ class Backend:
         def resolve_anew(args: Sequence[Any], key: tuple[int, ...]) -> list[Instance]:
             found: list[Instance] = []
             beside: dict[Any, list[set[str]]] = {}
+            self._watch.sharding.learn(args)
             instances.parameter_ids.update(id(arg) for arg in args if isinstance(arg, torch.nn.Parameter))
             for site, roles in zip(sites, where, strict=True):
                 held: Held = {role: tuple(args[i] for i in indices) for role, indices in roles.items()}

@@ -171,12 +171,12 @@ class Collector:
             self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
             self._guarded("writing to the store", self.store.rewind, step)
 
-    def catch_up(self, step: int, *, wait: bool, upto: int | None = None) -> None:
-        """`weigh` the step before ``step`` and `finish` up to it, or to ``upto``. Another thread that is at it is waited for only
+    def catch_up(self, step: int, weigh: Callable[[int], None], *, wait: bool, upto: int | None = None) -> None:
+        """``weigh`` the step before ``step`` and `finish` up to it, or to ``upto``. Another thread that is at it is waited for only
         if asked to, as training must not be held up."""
         if self.working.acquire(timeout=PATIENCE if wait else 0):
             try:
-                self.weigh(step - 1)
+                weigh(step - 1)
                 self.finish(step if upto is None else upto)
             finally:
                 self.working.release()

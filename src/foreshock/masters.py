@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreshock.records import Site
+from foreshock.records import Site, local
 
 UNSEEN = {torch.bfloat16: "2^-9", torch.float16: "2^-12"}  # of a weight: what rounding to nearest takes away
 PLACES = 64  # compared before all elements are, and whenever a master is read
@@ -68,8 +68,10 @@ class Masters:
             for known in self._known.values():
                 known.searches = known.reads = 0
 
+    @torch.no_grad()
     def read(self, parameter: Tensor) -> Tensor:
-        """The fp32 master of ``parameter``, in its shape, or ``parameter`` where it has none. Detached, and not a copy."""
+        """The fp32 master of ``parameter``, in its shape, or ``parameter`` where it has none. Detached, and not a copy. Of a
+        `DTensor` this rank's part of the master: ranks come here at times of their own, and compare their own parts."""
         if parameter.dtype not in UNSEEN:
             return parameter
         known = self._known.get(id(parameter))
@@ -77,8 +79,8 @@ class Masters:
             self._known = {at: entry for at, entry in self._known.items() if entry.parameter() is not None}
             known = self._known[id(parameter)] = _Known(weakref.ref(parameter))
         if known.master is not None:
-            master = known.master.of(parameter)
-            if master is not None and _rounds_to(master, parameter, known.reads):
+            master = known.master.of(local(parameter))
+            if master is not None and _rounds_to(master, local(parameter), known.reads):
                 known.reads += 1
                 return master
             known.master, known.searches, known.reads = None, 0, 0
@@ -87,7 +89,7 @@ class Masters:
             return parameter
         known.searches += 1
         known.master = self._search(parameter)
-        master = None if known.master is None else known.master.of(parameter)
+        master = None if known.master is None else known.master.of(local(parameter))
         return parameter if master is None else master
 
     def notes(self, site: Site) -> tuple[str, ...]:
@@ -105,17 +107,18 @@ class Masters:
         )
 
     def _search(self, parameter: Tensor) -> Master | None:
-        if not bool(parameter.any()):
+        part = local(parameter)
+        if not bool(part.any()):
             return None  # every moment that has not moved yet would fit
         optimizers = list(self._optimizers)
         states = [getattr(optimizer, "state", None) for optimizer in optimizers]
         own = [state.get(parameter) for state in states if isinstance(state, Mapping)]
         listed = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         for candidates in (_tensors([vars(parameter), *own]), _tensors(listed)):
-            fitting = [x for x in candidates if x.numel() == parameter.numel() and _rounds_to(x, parameter)]
+            fitting = [x for x in candidates if x.numel() == part.numel() and _rounds_to(x, part)]
             if fitting:
                 return Master(weakref.ref(fitting[0])) if len(fitting) == 1 else None
-        flat = [(x, at) for x in _tensors([listed, *own]) for at in _places(x, parameter)]
+        flat = [(x, at) for x in _tensors([listed, *own]) for at in _places(x, part)]
         return Master(weakref.ref(flat[0][0]), flat[0][1]) if len(flat) == 1 else None
 
 
@@ -125,6 +128,7 @@ def _tensors(found: Any, depth: int = 4) -> Iterator[Tensor]:
 
     def walk(value: Any, depth: int) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
+            value = local(value)
             plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout is torch.strided
             if plain and value.dtype is torch.float32 and (place := (value.data_ptr(), value.numel())) not in seen:
                 seen.add(place)

@@ -28,12 +28,13 @@ class Ranks:
         clock: StepClock,
         probes: Callable[[str], tuple[Probe, ...]],
         is_sampled: Callable[[int], bool],
+        weigh: Callable[[int], None],
         fail: Callable[[str, Exception], None],
         wanted: bool,
         group: Any,
     ) -> None:
         self._collector, self._clock, self._probes = collector, clock, probes
-        self._is_sampled, self._fail = is_sampled, fail
+        self._is_sampled, self._weigh, self._fail = is_sampled, weigh, fail
         self._wanted, self._group = wanted, group
         self.exchanged = 0
         self.given_up = False
@@ -58,7 +59,7 @@ class Ranks:
             return
         sampled = [over for over in range(self.exchanged, step) if self._is_sampled(over)]
         self.exchanged = step
-        self._collector.weigh(step - 1)
+        self._weigh(step - 1)
         try:
             with self._collector.working, self._collector.costs.of(SAMPLING):
                 self._tell(sampled, step - 1 if settle else None)

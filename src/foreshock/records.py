@@ -19,11 +19,18 @@ Facts = Mapping[str, Any]  # plain facts of a site: sizes, scale, layout; JSON v
 Tensors = Mapping[str, torch.Tensor]  # by role
 ALONE = (-1, -1)  # stands for an interval that is the onset alone
 Read = Callable[[torch.Tensor], torch.Tensor]  # what to read in a parameter's place: its fp32 master, or itself
+Share = Callable[[torch.Tensor], tuple[int, int] | None]  # (rank, ranks) of a parameter that is whole in calls alone
 
 
 def as_it_is(parameter: torch.Tensor) -> torch.Tensor:
     """The parameter itself."""
     return parameter
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a `DTensor`, without a collective; any other tensor itself."""
+    found: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +154,7 @@ class WeightView:
             raise LookupError(f"reading the weight {', '.join(self.names)}: the parameter no longer exists")
         found, at = [], 0
         for stage in self.stages:
-            weight, *gains = (read(x).detach() for x in held[at : at + 1 + len(stage.gains)])
+            weight, *gains = (local(read(x).detach()) for x in held[at : at + 1 + len(stage.gains)])
             matrix, gain = stage.matrix(weight), stage.gain(gains)
             gain = None if gain is None else gain.to(weight.device)
             if stage.unit:

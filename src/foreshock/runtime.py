@@ -80,7 +80,7 @@ class WatchedGraph:
         rewritten: Instrumented | None,
         device: torch.device,
         resolve: Callable[[Sequence[Any]], list[Instance]],
-        wants_sample: Callable[[], bool],
+        wants_sample: Callable[[Sequence[Instance]], bool],
         deliver: Callable[[Sample], None],
         fail: Fail,
         step: Callable[[], int],
@@ -124,7 +124,7 @@ class WatchedGraph:
             self._fail("telling which layer a call belongs to; the graph goes on without probes", error)
         for instance in () if again else instances:
             instance.evaluations += 1
-        if self._rewritten is not None and self._wants_sample() and not self._broken:
+        if self._rewritten is not None and self._wants_sample(instances) and not self._broken:
             return self._sampled(self._rewritten, instances, args, again)
         return self.compile(False)(*args)
 

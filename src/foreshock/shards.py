@@ -119,9 +119,10 @@ def scale(name: str, sampled: float) -> float:
 
 def extent(site: Site) -> tuple[int, int]:
     """The first head (or expert) of ``site`` that is on this rank, and how many there are on all; 0 if these are all."""
-    if site.kind == "router":
-        return int(site.facts.get("expert_offset", 0)), int(site.facts.get("experts_of", 0))
-    return int(site.facts.get("head_offset", 0)), int(site.facts.get("heads_of", 0))
+    names = ("experts_offset", "experts_of") if site.kind == "router" else ("head_offset", "heads_of")
+    first, whole = (int(site.facts.get(name, 0)) for name in names)
+    own = site.experts if site.kind == "router" else site.heads
+    return (0, 0) if whole == own else (first, whole)
 
 
 def joined(sites: Sequence[Site], whole: int) -> Site:

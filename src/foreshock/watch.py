@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,16 +14,17 @@ import torch
 from foreshock import _torch, resume
 from foreshock.acting import Acting, OnAlarm, actions, names
 from foreshock.agreement import is_shared
+from foreshock.around import AroundSteps
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
 from foreshock.collector import Collector, Store
 from foreshock.config import Settings, families, load_settings
 from foreshock.cost import SAMPLING, SPECTRA, Costs
 from foreshock.fallbacks import Fallbacks
-from foreshock.instances import Instances
+from foreshock.instances import Instance, Instances
 from foreshock.masters import Masters
 from foreshock.memory import MemoryStore
-from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, Spectra
+from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, SharedRouterWeights, Spectra
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
 from foreshock.monitors.step_monitor import StepMonitor
 from foreshock.monitors.tiers import probes as built_in
@@ -35,6 +36,7 @@ from foreshock.records import Alarm, Array, Coverage, Probe, Site, SiteStatus
 from foreshock.reports import Reports
 from foreshock.rows import Rows
 from foreshock.runtime import Sample
+from foreshock.sharding import Sharding
 from foreshock.store import is_first_rank, store_of_this_rank
 
 _EVERYTHING = 2**62
@@ -154,15 +156,19 @@ class Watch:
         )
         steps = [StepMonitor(self.families)] if self.families & AROUND_STEPS else []
         self.rows = Rows()
-        bias = BiasLaw()
-        self._spectra = Spectra(self.settings.windows, least.get(SPECTRA), self.costs.settled(self.masters.read))
+        self.sharding = Sharding(self.instances, self.fail)
+        read, share = self.costs.settled(self.sharding.reading(self.masters.read)), self.sharding.share
+        bias, router = BiasLaw(), RouterWeights(read, share)
+        self._spectra = Spectra(self.settings.windows, least.get(SPECTRA), read, share)
+        each_step = {"spectra": self._spectra, "router": SharedRouterWeights(self.settings.every, read, share)}
+        self.sharding.readers = [monitor for family, monitor in each_step.items() if family in self.families]
         self.collector = Collector(
             self.instances,
             store,
             families=self.families,
             derived=[bias],
-            weights=[*([RouterWeights(self.masters.read)] if "router" in self.families else []), *own],
-            each_step=[self._spectra] if "spectra" in self.families else [],
+            weights=[*([router] if "router" in self.families else []), *own],
+            each_step=self.sharding.readers,
             steps=steps,
             judge=Judge(
                 healthy,
@@ -177,13 +183,20 @@ class Watch:
             costs=self.costs,
         )
         self.ranks = Ranks(
-            self.collector, self.clock, self.probes_for, self.is_sampled, self.fail, self.settings.merge, group
+            self.collector,
+            self.clock,
+            self.probes_for,
+            self.is_sampled,
+            self._weigh,
+            self.fail,
+            self.settings.merge,
+            group,
         )
         built = {"bias law": bias, "spectra": self._spectra, "judge": self.collector.judge}
         built |= {"collector": self.collector, "actions": self.acting, "pace": self.pace}
+        built |= {"sharded weights": self.sharding, "shared router weights": each_step["router"]}
         self._parts = built | resume.stateful([*steps, *own])
-        self._hooks = [_torch.on_optimizer_step(self._after_optimizer_step)]
-        self._hooks += [_torch.before_optimizer_step(self._before_optimizer_step)]
+        self._around = AroundSteps(self)
         atexit.register(self.close)
 
     # -- what the user asks ------------------------------------------------------------------------------------------
@@ -230,6 +243,7 @@ class Watch:
     def bind(self, model: torch.nn.Module) -> Watch:
         """Use ``model``'s own parameter names, also for layers that share one compiled graph. Returns the watch."""
         self.instances.learn_names(((p, name) for name, p in model.named_parameters()), bound=True)
+        self.sharding.bind(model)
         return self
 
     def log(self, **scalars: Any) -> None:
@@ -259,16 +273,16 @@ class Watch:
             return
         self.acting.closing = True
         try:
+            self._weigh(self.clock.step - 1, last=True)
             if self.ranks.are_one():
                 self.ranks.exchange(settle=True)
             else:
-                self.collector.catch_up(self.clock.step, wait=True, upto=_EVERYTHING)
+                self.collector.catch_up(self.clock.step, self._weigh, wait=True, upto=_EVERYTHING)
             self.flush()
             self.acting.settle()
         finally:
             self._closed = True
-            for hook in self._hooks:
-                hook.remove()
+            self._around.remove()
             atexit.unregister(self.close)
             self.collector.close()
 
@@ -319,8 +333,9 @@ class Watch:
     def is_sampled(self, step: int) -> bool:
         return self.pace.is_sampled(step)
 
-    def begin_forward(self) -> bool:
-        """A watched graph is about to run in training: catch up with finished steps; whether this one is sampled."""
+    def begin_forward(self, instances: Collection[Instance]) -> bool:
+        """A watched graph of ``instances`` is about to run in training: catch up with finished steps; whether this one is
+        sampled."""
         if self.closed or self.ranks.given_up:
             return False
         if _torch.in_backward():
@@ -330,13 +345,14 @@ class Watch:
             self._spectra.spread(self.pace.periods[SPECTRA])
         if self.clock.step != self._finished and self.ranks.are_one():
             self._finished = self.clock.step
-            self.collector.weigh(self.clock.step - 1)
+            self._weigh(self.clock.step - 1)
         elif self.clock.step != self._finished:
             try:
                 self._catch_up(wait=False)
             except Exception as error:
                 self.fail("working off a step", error)
             self.acting.settle()
+        self.sharding.called(instances)
         return self.is_sampled(self.clock.step)
 
     def deliver(self, sample: Sample) -> None:
@@ -358,39 +374,16 @@ class Watch:
     def _statuses(self) -> tuple[SiteStatus, ...]:
         trained = self.collector.trained
         untrained = {i for i in self.instances if i.evaluations and i not in trained}
+        around = self.families & AROUND_STEPS
         told = {i: (NEVER_TRAINED,) if i in untrained else self.masters.notes(i.site) for i in self.instances}
+        told = {i: (*notes, *self.sharding.notes(i.site, around)) for i, notes in told.items()}
         elsewhere = () if self.collector.merging is None else self.collector.merging.statuses(self.instances)
         return (*(instance.status(more) for instance, more in told.items()), *elsewhere)
 
     def _catch_up(self, wait: bool = True) -> None:
         if not self.closed:
             self._finished = self.clock.step
-            self.collector.catch_up(self.clock.step, wait=wait)
+            self.collector.catch_up(self.clock.step, self._weigh, wait=wait)
 
-    def _before_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.closed:
-            return
-        if self.ranks.are_one():
-            self.ranks.exchange()
-        if not self.collector.steps:
-            return
-        try:
-            concerned = self.clock.concerns(optimizer, self.instances.parameter_ids)
-            if concerned and self.is_sampled(self.clock.forward_step):
-                self.collector.before_optimizer(optimizer)
-        except Exception as error:
-            self.fail("reading the optimizer", error)
-
-    def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.closed:
-            return
-        try:
-            self.masters.met(optimizer)
-            if not self.clock.concerns(optimizer, self.instances.parameter_ids) or self.clock.idles(optimizer):
-                return
-            if self.is_sampled(self.clock.forward_step):
-                self.collector.optimizer(self.clock.forward_step, optimizer)
-        except Exception as error:
-            self.fail("reading the optimizer", error)
-        self.clock.tick(optimizer)
-        self.acting.after_step(self.clock.step)
+    def _weigh(self, step: int, last: bool = False) -> None:
+        self.sharding.weigh(step, self.collector.weigh, last=last)
