@@ -115,7 +115,6 @@ def test_off_by_default_not_a_node_is_added(monkeypatch: pytest.MonkeyPatch) -> 
     assert of_second_tier(watch) == {}
     assert all(not status.site.weights and not status.notes for status in watch.coverage)
     assert watch.collector.steps == []
-    assert len(watch._hooks) == 1
     monkeypatch.setattr("foreshock.watch.built_in", lambda families: tuple(own.values()))
     assert graphs_of()[:2] == (nodes, size)
     assert graphs_of(monitors=["gradients", "adam", "updates", "experts"])[:2] == (nodes, size)
