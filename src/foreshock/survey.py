@@ -19,7 +19,7 @@ class _Survey(Watch):
     def is_sampled(self, step: int) -> bool:
         return False
 
-    def _catch_up(self) -> None:
+    def _catch_up(self, wait: bool = True) -> None:
         """Nothing was sampled."""
 
     def _statuses(self) -> tuple[SiteStatus, ...]:
