@@ -58,10 +58,12 @@ JOBS: dict[str, dict[str, Scenario]] = {
     },
     "others": {
         "whole, alike": Scenario("whole", alike=True),
-        "fsdp, inductor": Scenario("fsdp", inner="inductor", plain=True, alike=True),
-        "tp, inductor": Scenario("tp", inner="inductor", plain=True, alike=True),
         "tp, no part taken out": Scenario("tp, no part taken out", plain=True, alike=True),
         "fsdp and tp": Scenario("fsdp and tp", plain=True, alike=True),
+    },
+    "inductor": {
+        "whole, alike": Scenario("whole", alike=True),
+        "fsdp, inductor": Scenario("fsdp", inner="inductor", plain=True, alike=True),
     },
 }
 
