@@ -320,15 +320,12 @@ class Alarm:
         return dated(self.onset, self.onset_interval)
 
     def to_json(self) -> dict[str, Any]:
-        lists = {name: list(getattr(self, name)) for name in ("evidence", "onset_interval", "ranks")}
-        return asdict(self) | lists
+        return asdict(self) | {name: list(getattr(self, name)) for name in _ROWS}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Alarm:
         """The alarm as stored; one that was stored before onsets had intervals has the onset alone."""
-        interval = tuple(plain.get("onset_interval", ALONE))
-        ranks = tuple(plain.get("ranks", ()))
-        return cls(**{**plain, "evidence": tuple(plain["evidence"]), "onset_interval": interval, "ranks": ranks})
+        return cls(**{**plain, **{name: tuple(plain[name]) for name in _ROWS if name in plain}})
 
 
 def dated(onset: int, interval: tuple[int, int]) -> str:
@@ -400,4 +397,4 @@ class Coverage:
         return cls(tuple(SiteStatus.from_json(status) for status in plain["statuses"]), **lines)
 
 
-_LINES = ("unmatched", "graph_breaks", "eager", "warnings")
+_ROWS, _LINES = ("evidence", "onset_interval", "ranks"), ("unmatched", "graph_breaks", "eager", "warnings")
