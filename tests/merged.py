@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,7 +39,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        q, k, v = (f(x).unflatten(-1, (-1, D // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return x + self.out(y.transpose(1, 2).flatten(2))
 
@@ -130,6 +132,26 @@ def parallel(out: Path, name: str) -> None:
     write(out, name, watch, model)
 
 
+def tensor_parallel(out: Path, name: str) -> None:
+    """Each rank has some of the heads, and the whole batch."""
+    torch.manual_seed(0)
+    model = Stack(Attention(), Attention())
+    if WORLD > 1:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        plan = {**dict.fromkeys("qkv", ColwiseParallel()), "out": RowwiseParallel()}
+        for layer in model.layers:
+            parallelize_module(layer, mesh, plan)
+    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True) as watch:
+        run = torch.compile(model, backend=watch.backend)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(STEPS):
+            run(torch.randn(BATCH, LENGTH, D, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    write(out, name, watch)
+
+
 def apart(out: Path, name: str) -> None:
     """Ranks that train by themselves: ``sites`` has none on rank 0, ``stages`` other layers under the same name, ``idle`` steps in
     which rank 1 runs nothing, ``probe`` one that fails on rank 1, ``gone`` ends rank 1 in mid-run, ``late`` lets it sleep."""
@@ -188,7 +210,11 @@ def broken(out: Path, name: str) -> None:
     write(out, name, watch, called=called)
 
 
-SCENARIOS = {"broken": broken, **dict.fromkeys(("sites", "stages", "idle", "probe", "gone", "late"), apart)}
+SCENARIOS = {
+    "broken": broken,
+    "tp": tensor_parallel,
+    **dict.fromkeys(("sites", "stages", "idle", "probe", "gone", "late"), apart),
+}
 
 
 def main(out: Path, names: list[str]) -> None:

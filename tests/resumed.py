@@ -39,7 +39,7 @@ FAULT = kernel.Fault(out=Rounding(bits=1), layer=1, layers=2)
 
 
 def watched(run: Path | None, **options: Any) -> foreshock.Watch:
-    return foreshock.Watch(run, every=EVERY, inner="eager", strict=True, windows=(4, 12), **options)
+    return foreshock.Watch(run, **{"every": EVERY, "inner": "eager", "strict": True, "windows": (4, 12), **options})
 
 
 class Training:
@@ -168,13 +168,18 @@ def ranks(out: Path, rank: int) -> None:
     found: dict[str, Any] = {}
 
     def phase(
-        name: str, among: int, steps: range, load: Callable[[Training], None] | None = None, save: bool = False
+        name: str,
+        among: int,
+        steps: range,
+        load: Callable[[Training], None] | None = None,
+        save: bool = False,
+        **options: Any,
     ) -> None:
         if rank >= among:
             return
         if among > 1:
             torch.distributed.init_process_group("gloo", f"file://{out}/meet_{name}", rank=rank, world_size=among)
-        with watched(out / name) as watch:
+        with watched(out / name, **{"merge": False, **options}) as watch:
             training = Training(watch, rank)
             if load is not None:
                 load(training)
@@ -207,6 +212,9 @@ def ranks(out: Path, rank: int) -> None:
     phase("one", 1, range(12), save=True)
     phase("one_two", 2, range(12, 16), from_dcp("one", lenient=True))
     phase("one_two_file", 2, range(12, 16), lambda training: training.load(out / "one0.pt"))
+    merged: dict[str, Any] = {"merge": True, "every": 4}  # a sampled step is merged two steps later
+    phase("merged", 2, range(STEPS // 2), save=True, **merged)
+    phase("merged_two", 2, range(12, STEPS // 2), from_dcp("merged"), **merged)
     (out / f"rank{rank}.json").write_text(json.dumps(found))
 
 

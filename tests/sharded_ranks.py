@@ -157,7 +157,13 @@ def train(model: nn.Module, scenario: Scenario, after: Callable[[int], None] = l
 def watched(scenario: Scenario) -> dict[str, Any]:
     def new() -> Watch:
         return Watch(
-            every=EVERY, inner=scenario.inner, windows=WINDOWS, monitors=scenario.monitors, detectors=[], strict=True
+            every=EVERY,
+            inner=scenario.inner,
+            windows=WINDOWS,
+            monitors=scenario.monitors,
+            detectors=[],
+            strict=True,
+            merge=False,
         )
 
     watches = [new()]

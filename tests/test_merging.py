@@ -20,7 +20,7 @@ from foreshock.shards import LARGEST, side_by_side, with_rank, without_rank
 Arrays = dict[str, np.ndarray[Any, Any]]
 # Rows are drawn anew in each call, so what is estimated from them is another estimate.
 ESTIMATES = ("entropy", "logit_max", "lse", "sink", "shadow")
-TOGETHER = ("ddp", "ddp, sampled", "ddp, plain", "sites", "stages", "idle", "probe", "broken", "late")
+TOGETHER = ("tp", "ddp", "ddp, sampled", "ddp, plain", "sites", "stages", "idle", "probe", "broken", "late")
 
 
 class Job:
@@ -47,7 +47,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("alone"), 1, "ddp", "ddp, sampled", "fsdp")
+    return Job(tmp_path_factory.mktemp("alone"), 1, "ddp", "ddp, sampled", "fsdp", "tp")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def check(alone: Job, job: Job, name: str, ranks: int) -> None:
         assert job.told(name, rank)["sites"] == job.told(name)["sites"]
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp, sampled"])
+@pytest.mark.parametrize("name", ["ddp", "ddp, sampled", "tp"])
 def test_two_ranks_tell_what_one_process_tells_of_the_whole_batch(alone: Job, two: Job, name: str) -> None:
     check(alone, two, name, 2)
 

@@ -92,6 +92,10 @@ def test_ranks_that_come_and_go(tmp_path: Path) -> None:
         with foreshock.open_run(tmp_path / f"two_two/rank{rank}") as run:
             assert series(run) == expected
             assert [alarm for alarm in alarms if alarm.step >= 12] == run.alarms
+    with foreshock.open_run(tmp_path / "merged") as run, foreshock.open_run(tmp_path / "merged_two") as resumed:
+        assert series(resumed) == series(run, start=12)
+        assert [alarm for alarm in run.alarms if alarm.step >= 12] == resumed.alarms
+        assert all(found[rank]["merged_two"]["told"] == [] for rank in (0, 1))
     for name, rank, told in (
         (
             "two_one",

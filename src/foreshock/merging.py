@@ -36,6 +36,7 @@ from foreshock.shards import (
     Layout,
     Local,
     Loose,
+    Part,
     Shard,
     Whole,
     extent,
@@ -73,6 +74,7 @@ class Merging:
         self._timeout = datetime.timedelta(seconds=timeout)
         self._layout = Layout({}, {})
         self._own: dict[Instance, tuple[str, int]] = {}  # where this rank's sites stand in the layout
+        self._sites: dict[str | None, tuple[str, int]] = {}  # the same, by the id that they have here
         self._known: set[Any] = set()  # what this rank has told of itself
         self._sizes: dict[Loose, int] = {}
         self._told: dict[Instance, dict[str, int]] = {}
@@ -128,8 +130,9 @@ class Merging:
                 put(largest, self._layout.largest.get((*place, *name)), np.where(np.isnan(values), LARGEST, values))
             for told, values in worst[instance].items():
                 put(largest, self._layout.largest.get((*place, told)), with_rank(values, self.rank))
-        for key, values in local.loose.items():
-            put(sums, self._layout.sums.get(key), np.array([1.0, *values]))
+        for (metric_, site, age), values in local.loose.items():
+            known, number = self._sites.get(site, (site, 0))
+            put(sums, self._layout.sums.get((metric_, known, age, number)), np.array([1.0, *values]))
 
     def receive(self) -> Whole:
         """Wait for the flush that was launched. Raises what the group raises when a rank is gone or late."""
@@ -238,11 +241,10 @@ class Merging:
         own = {(*extent(instance.site), instance.site.id): instance for instance in self._quantities}
         shards: dict[str, list[Shard]] = {}
         prints: dict[str, dict[str | None, str]] = {}  # of each site id, what its weights are called by
-        loose: dict[Loose, int] = {}
-        self._own = {}
+        loose: dict[Part, int] = {}
+        self._own, self._sites = {}, {}
         for plain, ranks in found:
-            for metric_, site, age, size in plain["loose"]:
-                loose[metric_, site, age] = size
+            here: dict[str | None, tuple[str, int]] = {}
             for one in plain["shards"]:
                 site, first, whole = one["key"]
                 names = prints.setdefault(site, {})
@@ -252,12 +254,16 @@ class Merging:
                 if number is None:
                     shards.setdefault(name, []).append(self._shard(name, one, first, whole))
                     number = len(shards[name]) - 1
+                here[site] = name, number
                 shard = shards[name][number]
                 shard.quantities += [tuple(q) for q in one["quantities"] if tuple(q) not in shard.quantities]
                 shard.told += [tuple(t) for t in one["told"] if tuple(t) not in shard.told]
                 shard.holders += ranks
                 if self.rank in ranks and (instance := own.get((first, whole, site))):
-                    self._own[instance] = name, number
+                    self._own[instance] = self._sites[site] = name, number
+            for metric_, site, age, size in plain["loose"]:
+                known, number = here.get(site, (site, 0))
+                loose[metric_, known, age, number] = size
         for name, parts in shards.items():
             for before, shard in zip(self._layout.shards.get(name, ()), parts, strict=False):
                 shard.instance.sampled = shard.instance.evaluations = before.instance.sampled
@@ -287,11 +293,15 @@ class Merging:
             readings += [Reading(m, name, values) for m, values in side_by_side(parts).items()]
             ranks |= {(m, name): values for m, values in side_by_side(at).items()}
         ages: dict[int, list[Reading]] = {0: readings}
-        for key in self._layout.loose:
-            many, *values = sums[self._layout.sums[key]]
+        loose: dict[Loose, list[tuple[int, dict[str, Array]]]] = {}
+        for metric_, site, age, number in self._layout.loose:
+            many, *values = sums[self._layout.sums[metric_, site, age, number]]
             if many:
-                metric_, site, age = key
-                ages.setdefault(age, []).append(Reading(metric_, site, np.array(values) / many))
+                shards = self._layout.shards.get(site or "")
+                first = shards[number].first if shards else 0
+                loose.setdefault((metric_, site, age), []).append((first, {metric_: np.array(values) / many}))
+        for (metric_, site, age), parts in loose.items():
+            ages.setdefault(age, []).append(Reading(metric_, site, side_by_side(parts)[metric_]))
         return Whole(step, sorted(((step - age, of) for age, of in ages.items()), key=lambda one: one[0]), sites, ranks)
 
     def _finished(

@@ -52,10 +52,11 @@ class Sharding:
 
     def learn(self, parameters: Iterable[Any]) -> None:
         """A graph is captured or called with ``parameters``: know those that are made whole for it, under their full names."""
-        if all(self.share(p) for p in parameters if isinstance(p, torch.nn.Parameter)):
+        new = {id(p) for p in parameters if isinstance(p, torch.nn.Parameter) and self.share(p) is None}
+        if not new:
             return
         for found in _torch.gathered_parameters():
-            if self.share(found.whole) is None:
+            if id(found.whole) in new:  # others are another model's
                 self._known[id(found.whole)] = _Whole(weakref.ref(found.whole), found.rank, found.ranks)
                 path, bound = self._modules.get(found.module), found.module in self._modules
                 name = ".".join(filter(None, (path, found.own_name))) if bound else found.name

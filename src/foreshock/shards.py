@@ -30,6 +30,7 @@ POOLED = ("law/bias_num", "law/bias_den", "law/key_gain", "law/euler_gain")
 
 Key = tuple[str, int, int]  # a site's id, and the first of its heads or experts that is on this rank
 Loose = tuple[str, str | None, int]  # a reading that no probe made: metric, site, and how many steps before the flush
+Part = tuple[str, str | None, int, int]  # the same of one shard of the site
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Shard:
 class Layout:
     """Where everything stands in the two vectors: by site and number of the shard, and what of it; or by a loose reading's key."""
 
-    def __init__(self, shards: Mapping[str, list[Shard]], loose: Mapping[Loose, int]) -> None:
+    def __init__(self, shards: Mapping[str, list[Shard]], loose: Mapping[Part, int]) -> None:
         self.shards, self.loose = shards, dict(loose)
         self.sums: dict[tuple[Any, ...], slice] = {}
         self.largest: dict[tuple[Any, ...], slice] = {}
