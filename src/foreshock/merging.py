@@ -297,8 +297,8 @@ class Merging:
         for metric_, site, age, number in self._layout.loose:
             many, *values = sums[self._layout.sums[metric_, site, age, number]]
             if many:
-                shards = self._layout.shards.get(site or "")
-                first = shards[number].first if shards else 0
+                known = self._layout.shards.get(site or "")
+                first = known[number].first if known else 0
                 loose.setdefault((metric_, site, age), []).append((first, {metric_: np.array(values) / many}))
         for (metric_, site, age), parts in loose.items():
             ages.setdefault(age, []).append(Reading(metric_, site, side_by_side(parts)[metric_]))
