@@ -39,7 +39,7 @@ def main() -> None:
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     torch.manual_seed(0)
     model = nn.Sequential(*(Block() for _ in range(4)))
-    with foreshock.Watch(every=2, windows=(2, 4), inner="aot_eager") as watch:
+    with foreshock.Watch(every=2, windows=(2, 4), inner="aot_eager", merge=False) as watch:
         mesh = init_device_mesh("cpu", (ranks,))
         for block in model:
             block.compile(backend=watch.backend)  # one graph for all blocks

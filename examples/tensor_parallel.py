@@ -35,7 +35,7 @@ def main() -> None:
     for block in model:
         plan = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "o": RowwiseParallel()}
         parallelize_module(block, mesh, plan)
-    with foreshock.Watch(every=2, windows=(2, 4), inner="aot_eager") as watch:
+    with foreshock.Watch(every=2, windows=(2, 4), inner="aot_eager", merge=False) as watch:
         compiled = torch.compile(model, backend=watch.backend)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         torch.manual_seed(1)  # every rank has the same batch

@@ -117,8 +117,9 @@ class Plan:
                 continue
             if not sizes:
                 continue  # it has nothing to say of such a site
-            source = function.rest if isinstance(function, TwoStages) else function
-            name = f"{probe.kind}/{probe.name}/{part}:{getattr(source, '__qualname__', '')}:{version(source)}"
+            stages = (function.first, function.rest) if isinstance(function, TwoStages) else (function,)
+            told = ":".join(f"{getattr(stage, '__qualname__', '')}:{version(stage)}" for stage in stages)
+            name = f"{probe.kind}/{probe.name}/{part}:{told}"
             what = f"{of or 'running '}probe `{probe.name}`"
             register_statistics(name, function, self.report and functools.partial(self.report, what))
             statistics[name] = sum(sizes.values())

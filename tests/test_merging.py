@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from merged import BROKEN, DYING, KERNEL_STEPS, STEPS
 
 from foreshock import open_run
-from foreshock.shards import LARGEST, side_by_side, with_rank, without_rank
+from foreshock.shards import LARGEST, is_literal, side_by_side, with_rank, without_rank, worst_ranks
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 # Rows are drawn anew in each call, so what is estimated from them is another estimate.
@@ -203,3 +204,25 @@ def test_shards_stand_side_by_side() -> None:
     assert found["attention/q_rms"].tolist() == [1, 2, 5, 6]
     assert found["attention/nonfinite"].tolist() == [6] * 4
     assert found["own/thing"].tolist() == [3]
+    absent = side_by_side([(0, {}), (2, make(5.0))])["attention/q_rms"]
+    assert np.isnan(absent[:2]).all()
+    assert absent[2:].tolist() == [5, 6]
+
+
+def test_the_rank_of_shards_is_that_of_the_largest() -> None:
+    one = {
+        "law/euler": (np.array([1.0, 9.0]), np.array([0, 4])),
+        "attention/nonfinite": (np.array([0.0]), np.array([0])),
+    }
+    other = {
+        "law/euler": (np.array([2.0, 3.0]), np.array([1, 1])),
+        "attention/nonfinite": (np.array([2.0]), np.array([5])),
+    }
+    found = worst_ranks([(0, one), (2, other)])
+    assert found["attention/nonfinite"].tolist() == [5]
+    assert len(found["law/euler"]) in (2, 4)
+
+
+def test_facts_that_another_rank_cannot_read_are_known() -> None:
+    assert is_literal({"scale": 0.5, "layout": {"q": "BHSD"}, "causal": None})
+    assert not is_literal({"size": torch.Size([2])})

@@ -25,13 +25,12 @@ class AroundSteps:
         watch = self._watch
         if watch.closed:
             return
-        if watch.ranks.are_one():
-            watch.ranks.exchange()
-        if not watch.collector.steps:
-            return
         try:
-            concerned = watch.clock.concerns(optimizer, watch.instances.parameter_ids)
-            if concerned and watch.is_sampled(watch.clock.forward_step):
+            if not watch.clock.concerns(optimizer, watch.instances.parameter_ids):
+                return
+            if watch.ranks.are_one():
+                watch.ranks.exchange()
+            if watch.collector.steps and watch.is_sampled(watch.clock.forward_step):
                 watch.collector.before_optimizer(optimizer)
         except Exception as error:
             watch.fail("reading the optimizer", error)

@@ -14,6 +14,7 @@ from foreshock.cost import ACTIONS, AROUND, LOGGED, SAMPLING, SPECTRA, Costs
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.gradients import Gradients, with_gradient_norm
 from foreshock.instances import Instance, Instances
+from foreshock.memory import MemoryStore
 from foreshock.merging import Merging
 from foreshock.monitors.metrics import family
 from foreshock.records import Alarm, Array, Coverage, Probe, Reading, Site
@@ -153,13 +154,22 @@ class Collector:
     def state_dict(self) -> dict[str, Any]:
         """What was weighed and not judged yet, and the alarms so far; no sample of the step under way."""
         unjudged = [[*key, reading.values.tolist()] for key, reading in self._unjudged.items()]
-        return {"weighed": self._weighed, "unjudged": unjudged, "alarms": [a.to_json() for a in self.alarms]}
+        for at in sorted({at for at, _, _ in self._scalars if at <= self._weighed}) if self.merging is not None else ():
+            self._loose |= {(at, r.metric, r.site): r.values for r in self._logged(at)}
+        loose = [[*key, values.tolist()] for key, values in self._loose.items()]
+        return {
+            "weighed": self._weighed,
+            "unjudged": unjudged,
+            "loose": loose,
+            "alarms": [a.to_json() for a in self.alarms],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._weighed = state["weighed"]
         self.alarms = [Alarm.from_json(alarm) for alarm in state["alarms"]]
         found = [Reading(metric, site, np.array(values)) for metric, site, values in state["unjudged"]]
         self._unjudged = {(reading.metric, reading.site): reading for reading in found}
+        self._loose = {(at, metric, site): np.array(values) for at, metric, site, values in state.get("loose", ())}
 
     def rewind(self, step: int) -> None:
         """Training goes on at ``step``: what is under way is dropped, and what was recorded of that step and later, if any."""
@@ -167,6 +177,7 @@ class Collector:
             self._samples.clear()
             self._scalars.clear()
         self._gradients.clear()
+        self._loose.clear()
         if step > 0:
             self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
             self._guarded("writing to the store", self.store.rewind, step)
@@ -231,6 +242,14 @@ class Collector:
         kept = [reading for reading in rounded(readings) if self._wanted(reading.metric)]
         self._unjudged |= {(r.metric, r.site): r for r in kept if r.site is not None}
         self._write(step, kept)
+        for sink in self.sinks:
+            self._guarded(f"sink {type(sink).__name__}", sink.readings, step, kept)
+
+    def hush(self) -> None:
+        """Another rank writes and speaks for this one."""
+        for sink in self.sinks:
+            self._guarded(f"sink {type(sink).__name__}", sink.close)
+        self.store, self.sinks = MemoryStore(), []
 
     def conclude(
         self,

@@ -57,7 +57,7 @@ def squares(gradients: Sequence[Tensor]) -> list[Tensor]:
     found = []
     for x in gradients:
         if isinstance(x, DTensor):
-            copies = [size for size, at in zip(x.device_mesh.shape, x.placements, strict=True) if not at.is_shard()]
+            copies = [size for size, at in zip(x.device_mesh.shape, x.placements, strict=True) if at.is_replicate()]
             found.append(x.to_local().float().square().sum() / int(np.prod(copies)))
     return found
 

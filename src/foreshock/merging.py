@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from foreshock.errors import ForeshockError
+from foreshock.errors import ConfigError, ForeshockError
 from foreshock.instances import Instance
 from foreshock.records import Array, Probe, Reading, Site, SiteStatus
 from foreshock.shards import (
@@ -41,6 +41,7 @@ from foreshock.shards import (
     Whole,
     extent,
     fingerprint,
+    is_literal,
     is_told,
     joined,
     put,
@@ -48,6 +49,7 @@ from foreshock.shards import (
     side_by_side,
     with_rank,
     without_rank,
+    worst_ranks,
 )
 
 _HOST = 64  # bytes of a host's name
@@ -71,7 +73,7 @@ class Merging:
         timeout: float = 600.0,
     ) -> None:
         self._probes, self._finish, self._fail, self._group = probes, finish, fail, group
-        self._timeout = datetime.timedelta(seconds=timeout)
+        self.timeout = timeout
         self._layout = Layout({}, {})
         self._own: dict[Instance, tuple[str, int]] = {}  # where this rank's sites stand in the layout
         self._sites: dict[str | None, tuple[str, int]] = {}  # the same, by the id that they have here
@@ -99,13 +101,14 @@ class Merging:
     def launch(self, local: Local) -> None:
         """Begin the flush of ``local.step``."""
         if self._group is None:
-            self._group = distributed.new_group(backend="gloo", timeout=self._timeout)
+            self._group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout))
         sums, largest = (np.full(size, fill) for size, fill in zip(self._layout.sizes, (0.0, -np.inf), strict=True))
+        failed: Exception | None = None
         try:
             self._pack(local, sums, largest)
         except Exception as error:  # the others wait for this rank, which has nothing to tell then
             sums[:], largest[:] = 0.0, -np.inf
-            self._fail("packing what the ranks merge", error)
+            failed = error
         largest[:2] = local.step, -local.step
         device = _device(self._group)
         added, most = torch.from_numpy(sums).to(device), torch.from_numpy(largest).to(device)
@@ -115,6 +118,8 @@ class Merging:
         ]
         self._flight = local, added, most, works
         self.flushes += 1
+        if failed is not None:
+            self._fail("packing what the ranks merge", failed)
 
     def _pack(self, local: Local, sums: Array, largest: Array) -> None:
         """Put everything of ``local`` that has a place into the two vectors, and whether something has none."""
@@ -140,7 +145,7 @@ class Merging:
         local, added, most, works = self._flight
         self._flight = None
         for work in works:
-            work.wait(self._timeout)
+            work.wait(datetime.timedelta(seconds=self.timeout))
         sums, largest = added.cpu().numpy(), most.cpu().numpy()
         if largest[0] != -largest[1]:
             raise ForeshockError(
@@ -153,15 +158,23 @@ class Merging:
             return self.receive()
         return self._whole(local.step, sums, largest)
 
-    def statuses(self, own: Iterable[Instance]) -> list[SiteStatus]:
-        """Sites that other ranks have and this one has not; their counts are of merged steps."""
-        here = {self._own[instance] for instance in own if instance in self._own}
+    def drop(self) -> None:
+        """Let go of a flush under way, on every rank alike: nobody waits for it."""
+        self._flight = None
+
+    def statuses(self, own: Iterable[SiteStatus]) -> tuple[SiteStatus, ...]:
+        """``own``, of whole sites where this rank has some heads, and of sites that this rank has not, whose counts are of merged
+        steps."""
         found = []
-        for site, shards in self._layout.shards.items():
-            if not any((site, number) in here for number in range(len(shards))):
+        for status in own:
+            shards = self._layout.shards.get(self._sites.get(status.site.id, (status.site.id, 0))[0])
+            found.append(replace(status, site=joined([status.site], shards[0].whole)) if shards else status)
+        here = {name for name, _ in self._own.values()}
+        for name, shards in self._layout.shards.items():
+            if name not in here:
                 ranks = sorted({rank for shard in shards for rank in shard.holders})
                 found.append(shards[0].instance.status((f"on other ranks: {_named(ranks, self._hosts)}",)))
-        return found
+        return tuple(found)
 
     def named(self, rank: int) -> str:
         """A rank and the machine it is on."""
@@ -192,6 +205,10 @@ class Merging:
         shards = []
         for instance, quantities in self._quantities.items():
             site = instance.site
+            if not is_literal(instance.facts):
+                told = f"the facts of {site.id} are no Python literals; it is not merged"
+                self._fail("merging ranks", ConfigError(told))
+                continue
             first, whole = extent(site)
             shards.append(
                 {
@@ -280,18 +297,17 @@ class Merging:
         ranks: dict[tuple[str, str | None], Array] = {}
         for name, shards in self._layout.shards.items():
             sites[name] = joined([shard.instance.site for shard in shards], shards[0].whole)
-            parts, at = [], []
+            parts, told = [], []
             for number, shard in enumerate(shards):
                 sampled = float(sums[self._layout.sums[name, number]][0])
-                if not sampled:
-                    continue
-                shard.instance.sampled += 1
-                shard.instance.evaluations += 1
-                found, worst = self._finished(name, number, shard, sums, largest, sampled)
+                if sampled:
+                    shard.instance.sampled += 1
+                    shard.instance.evaluations += 1
+                found, worst = self._finished(name, number, shard, sums, largest, sampled) if sampled else ({}, {})
                 parts.append((shard.first, found))
-                at.append((shard.first, worst))
+                told.append((shard.first, worst))
             readings += [Reading(m, name, values) for m, values in side_by_side(parts).items()]
-            ranks |= {(m, name): values for m, values in side_by_side(at).items()}
+            ranks |= {(m, name): values for m, values in worst_ranks(told).items()}
         ages: dict[int, list[Reading]] = {0: readings}
         loose: dict[Loose, list[tuple[int, dict[str, Array]]]] = {}
         for metric_, site, age, number in self._layout.loose:
@@ -306,7 +322,7 @@ class Merging:
 
     def _finished(
         self, name: str, number: int, shard: Shard, sums: Array, largest: Array, sampled: float
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
+    ) -> tuple[dict[str, Array], dict[str, tuple[Array, Array]]]:
         quantities = {}
         for probe, quantity, _, merge in shard.quantities:
             vector, places = (largest, self._layout.largest) if merge == "max" else (sums, self._layout.sums)
@@ -317,7 +333,7 @@ class Merging:
         worst = {}
         for metric_, _ in shard.told:
             values, ranks = without_rank(largest[self._layout.largest[name, number, metric_]])
-            worst[metric_] = ranks
+            worst[metric_] = values, ranks
             if metric_.startswith("law/"):
                 found[metric_] = values
         return found, worst

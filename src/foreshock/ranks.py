@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import distributed
+
 from foreshock.agreement import is_shared
 from foreshock.clock import StepClock
 from foreshock.collector import Collector
@@ -12,6 +14,7 @@ from foreshock.cost import SAMPLING
 from foreshock.merging import Merging
 from foreshock.records import Probe
 
+AT_EXIT = 10.0  # the same where a process ends without having closed its watch
 TIMEOUT = 600.0  # seconds after which a rank that does not answer is given up: it may still compile
 
 
@@ -48,6 +51,8 @@ class Ranks:
                 self._probes, collector.finished, fail=self._fail, group=self._group, timeout=TIMEOUT
             )
             self.exchanged = self._clock.step
+            if distributed.get_rank() > 0:
+                collector.hush()
         return collector.merging is not None
 
     def exchange(self, settle: bool = False) -> None:
@@ -59,6 +64,8 @@ class Ranks:
             return
         sampled = [over for over in range(self.exchanged, step) if self._is_sampled(over)]
         self.exchanged = step
+        if settle and not sampled and not self._has_met():
+            return
         self._weigh(step - 1)
         try:
             with self._collector.working, self._collector.costs.of(SAMPLING):
@@ -66,6 +73,20 @@ class Ranks:
         except Exception as error:
             self.given_up = True
             self._fail("merging what the ranks measured; this rank watches no more", error)
+
+    def hurry(self) -> None:
+        """Give other ranks up sooner from now on."""
+        if self._collector.merging is not None:
+            self._collector.merging.timeout = AT_EXIT
+
+    def drop(self) -> None:
+        """Let go of what is under way: training goes on elsewhere."""
+        if self._collector.merging is not None:
+            self._collector.merging.drop()
+
+    def _has_met(self) -> bool:
+        """Whether the ranks have told each other anything yet."""
+        return self._collector.merging is not None and self._collector.merging.flushes > 0
 
     def _tell(self, sampled: Sequence[int], last: int | None) -> None:
         """Hear what was merged since, and begin to merge ``sampled`` steps. After the ``last`` of all, what was read beside them is

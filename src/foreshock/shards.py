@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,12 +14,13 @@ import torch
 from foreshock.errors import ForeshockError
 from foreshock.instances import Instance
 from foreshock.monitors.metrics import metric
-from foreshock.records import Alarm, Array, Reading, Site
+from foreshock.records import Alarm, Array, Facts, Reading, Site
 from foreshock.runtime import Merged as Sums
 
 LARGEST = float(np.finfo(np.float64).max)  # stands for NaN, which a maximum on the way would lose
 _RANKS = 16  # low bits of a float64 that name a rank: 65,536 of them, and 36 bits of the number are left
 _PRINT = 64  # entries of a weight that tell it from another of the same name
+PARTS = ("heads", "kv_heads", "experts")  # axes along which shards stand side by side
 SCALED = (
     "attention/grad_",
     "router/grad_norm",
@@ -140,7 +142,8 @@ def joined(sites: Sequence[Site], whole: int) -> Site:
 
 
 def side_by_side(parts: Sequence[tuple[int, Mapping[str, Array]]]) -> dict[str, Array]:
-    """Readings of a site's shards as the whole site's: heads and experts in their order, the rest by the metric's own rule."""
+    """Readings of a site's shards as the whole site's: heads and experts in their order, the rest by the metric's own rule. A shard
+    that lacks one, or was not sampled, has NaN for it."""
     if len(parts) == 1:
         return dict(parts[0][1])
     found: dict[str, Array] = {}
@@ -148,13 +151,38 @@ def side_by_side(parts: Sequence[tuple[int, Mapping[str, Array]]]) -> dict[str, 
     for name in dict.fromkeys(name for of in ordered for name in of):
         values = [of[name] for of in ordered if name in of]
         axis, merge = _rule(name)
-        if axis in ("heads", "kv_heads", "experts"):
-            found[name] = np.concatenate(values)
+        if axis in PARTS:
+            absent = np.full(len(values[0]), np.nan)
+            found[name] = np.concatenate([of.get(name, absent) for of in ordered])
         elif merge in ("max", "sum"):
             found[name] = np.max(values, 0) if merge == "max" else np.sum(values, 0)
         else:
             found[name] = np.mean(values, 0)
     return found
+
+
+def worst_ranks(parts: Sequence[tuple[int, Mapping[str, tuple[Array, Array]]]]) -> dict[str, Array]:
+    """Of each metric the ranks where it was the largest, side by side or, where shards have no parts, of the largest shard."""
+    found: dict[str, Array] = {}
+    ordered = [of for _, of in sorted(parts, key=lambda part: part[0])]
+    for name in dict.fromkeys(name for of in ordered for name in of):
+        told = [of[name] for of in ordered if name in of]
+        if _rule(name)[0] in PARTS:
+            absent = np.full(len(told[0][1]), -1)
+            found[name] = np.concatenate([of[name][1] if name in of else absent for of in ordered])
+        else:
+            values, ranks = (np.array(x) for x in zip(*told, strict=True))
+            largest = np.where(np.isnan(values), -np.inf, values).argmax(0)
+            found[name] = np.take_along_axis(ranks, largest[None], 0)[0]
+    return found
+
+
+def is_literal(facts: Facts) -> bool:
+    """Whether another rank can read ``facts`` as they are written."""
+    try:
+        return bool(ast.literal_eval(repr(dict(facts))) == dict(facts))
+    except (ValueError, SyntaxError):
+        return False
 
 
 def _rule(name: str) -> tuple[str, str]:

@@ -26,7 +26,6 @@ import numpy as np
 
 from foreshock.agreement import this_rank
 from foreshock.errors import RunError
-from foreshock.memory import MemoryStore
 from foreshock.pending import MOST_BYTES, Key, Pending
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Reading
@@ -50,6 +49,7 @@ class RunStore(Tables):
     def __init__(self, path: str | Path, *, anew: bool = False) -> None:
         self.path = Path(path) / FILE
         self._other = anew and holds_steps(self.path)
+        self._aside = False  # whether that other one was copied
         self._start: int | None = None  # what is in the file from this step on is to be discarded
         self._db: sqlite3.Connection | None = None
         self._file = (0, 0)  # device and inode of what is open
@@ -138,7 +138,8 @@ class RunStore(Tables):
                 ) from error
             finally:
                 self._busy = False
-            self._failing, self._start = False, None
+            self._failing = self._other = False
+            self._start = None
             self._pending.clear()
             self._alarms, self._coverage, self._meta = [], None, {}
 
@@ -198,13 +199,14 @@ class RunStore(Tables):
         db = self._writable()
         if self._pending.lost:
             self._meta["steps_lost"] = self._pending.lost
-        if self._other:
+        if self._other and not self._aside:
             _log.warning("%s holds another run: it is now in %s", self.path, set_aside(db, self.path.parent))
-            self._other, self._start = False, 0
+            self._aside = True
+        start = 0 if self._other else self._start
         db.execute("BEGIN IMMEDIATE")
-        if self._start is not None:
+        if start is not None:
             self._compact(db, 1)
-            discard(db, self._start)
+            discard(db, start)
             self._forget()
             self._known = True  # nothing, of which everything is asked anew
         self._write_records(db)
@@ -377,14 +379,8 @@ def _stores() -> weakref.WeakSet[RunStore]:
     return known
 
 
-def is_first_rank() -> bool:
-    """Whether this process writes for all ranks of its job."""
-    return this_rank()[0] == 0
-
-
-def store_of_this_rank(run: str, merged: bool) -> MemoryStore | RunStore:
-    """Where a process of a distributed job keeps its run: merged, rank 0 writes ``RUN`` for all, else each has ``RUN/rank3``."""
+def store_of_this_rank(run: str, merged: bool) -> RunStore:
+    """Where a process of a distributed job keeps its run: ``RUN/rank3``, but of ranks that are merged the first has ``RUN``."""
     rank, ranks = this_rank()
-    if ranks < 2 or (merged and rank == 0):
-        return RunStore(run, anew=True)
-    return MemoryStore() if merged else RunStore(os.path.join(run, f"rank{rank}"), anew=True)
+    alone = ranks < 2 or (merged and rank == 0)
+    return RunStore(run if alone else os.path.join(run, f"rank{rank}"), anew=True)

@@ -42,7 +42,7 @@ def survey(
     prepare: Callable[[Watch], None] = lambda watch: None,
 ) -> Coverage:
     """As `sites`; ``prepare(watch)`` is called before anything is captured."""
-    with _Survey(settings=Settings(), inner="eager") as watch:
+    with _Survey(settings=Settings(merge=False), inner="eager") as watch:
         prepare(watch)
         if isinstance(model, torch.nn.Module):
             watch.bind(model)

@@ -37,10 +37,10 @@ from foreshock.reports import Reports
 from foreshock.rows import Rows
 from foreshock.runtime import Sample
 from foreshock.sharding import Sharding
-from foreshock.store import is_first_rank, store_of_this_rank
+from foreshock.store import store_of_this_rank
 
 _EVERYTHING = 2**62
-SAME_ON_RANKS = ("bias law", "judge", "collector", "actions")  # where ranks are merged: all hear the same
+SAME_ON_RANKS = ("bias law", "judge", "collector", "actions", "pace")  # where ranks are merged: all hear the same
 NEVER_TRAINED = "evaluated, never sampled in training: no gradient came back through it yet"
 
 
@@ -177,7 +177,7 @@ class Watch:
                 steps_per_false_alarm=self.settings.steps_per_false_alarm,
                 align=self.settings.align,
             ),
-            sinks=[ConsoleSink(), *sinks] if is_first_rank() or not self.settings.merge else [],
+            sinks=[ConsoleSink(), *sinks],
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
             costs=self.costs,
@@ -197,7 +197,7 @@ class Watch:
         built |= {"sharded weights": self.sharding, "shared router weights": each_step["router"]}
         self._parts = built | resume.stateful([*steps, *own])
         self._around = AroundSteps(self)
-        atexit.register(self.close)
+        atexit.register(self._at_exit)
 
     # -- what the user asks ------------------------------------------------------------------------------------------
 
@@ -269,13 +269,18 @@ class Watch:
 
     def close(self) -> None:
         """Flush and stop watching; compiled models go on with their plain graphs. May be called twice."""
+        self._end(settle=True)
+
+    def _end(self, settle: bool) -> None:
+        """``settle``: the other ranks come to their end as well, and what is left is merged with theirs."""
         if self.closed or self.acting.closing:
             return
         self.acting.closing = True
         try:
             self._weigh(self.clock.step - 1, last=True)
             if self.ranks.are_one():
-                self.ranks.exchange(settle=True)
+                if settle:
+                    self.ranks.exchange(settle=True)
             else:
                 self.collector.catch_up(self.clock.step, self._weigh, wait=True, upto=_EVERYTHING)
             self.flush()
@@ -283,8 +288,12 @@ class Watch:
         finally:
             self._closed = True
             self._around.remove()
-            atexit.unregister(self.close)
+            atexit.unregister(self._at_exit)
             self.collector.close()
+
+    def _at_exit(self) -> None:
+        self.ranks.hurry()
+        self.close()
 
     def __enter__(self) -> Watch:
         return self
@@ -292,7 +301,7 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._end(settle=kind is None)  # after an error the other ranks wait elsewhere, and not for this one
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on as if never stopped: for `torch.save`, and for
@@ -315,6 +324,7 @@ class Watch:
         if not resume.restore_clock(state, self.clock, self.fail):
             return
         self._finished = self.ranks.exchanged = self.clock.step
+        self.ranks.drop()
         self.collector.rewind(self.clock.step)
         alike = SAME_ON_RANKS if self.settings.merge else ()
         resume.restore(state, self._parts, self._reports.note, self.fail, alike)
@@ -377,8 +387,8 @@ class Watch:
         around = self.families & AROUND_STEPS
         told = {i: (NEVER_TRAINED,) if i in untrained else self.masters.notes(i.site) for i in self.instances}
         told = {i: (*notes, *self.sharding.notes(i.site, around)) for i, notes in told.items()}
-        elsewhere = () if self.collector.merging is None else self.collector.merging.statuses(self.instances)
-        return (*(instance.status(more) for instance, more in told.items()), *elsewhere)
+        own = tuple(instance.status(more) for instance, more in told.items())
+        return own if self.collector.merging is None else self.collector.merging.statuses(own)
 
     def _catch_up(self, wait: bool = True) -> None:
         if not self.closed:
