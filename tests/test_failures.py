@@ -12,10 +12,10 @@ from torch._subclasses import FakeTensor
 from torch.nn import functional
 
 from foreshock import AlarmRaised, Probe, Reading, Watch
+from foreshock.memory import MemoryStore
 from foreshock.monitors import Finding
 from foreshock.monitors.attention_probe import ATTENTION
 from foreshock.patterns import Pattern
-from foreshock.store import MemoryStore
 
 STEPS = 4
 BOOM = "this is broken"

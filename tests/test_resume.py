@@ -93,7 +93,7 @@ def test_ranks_that_come_and_go(tmp_path: Path) -> None:
             assert series(run) == expected
             assert [alarm for alarm in alarms if alarm.step >= 12] == run.alarms
     with foreshock.open_run(tmp_path / "merged") as run, foreshock.open_run(tmp_path / "merged_two") as resumed:
-        assert series(resumed) == series(run, start=12)
+        assert series(resumed, start=12) == series(run, start=12)
         assert [alarm for alarm in run.alarms if alarm.step >= 12] == resumed.alarms
         assert all(found[rank]["merged_two"]["told"] == [] for rank in (0, 1))
     for name, rank, told in (

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from foreshock.errors import ConfigError, RunError
+from foreshock.memory import MemoryStore
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Coverage, Reading
-from foreshock.store import COMPACT, MemoryStore, RunStore
+from foreshock.store import COMPACT, RunStore
 
 Store = MemoryStore | RunStore
 MADE: dict[str, Callable[[Path], Store]] = {"memory": lambda path: MemoryStore(), "file": RunStore}
