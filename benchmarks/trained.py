@@ -83,7 +83,7 @@ class Trained:
         """What the weight spectra keep by now."""
         if self.watch is None or "spectra" not in self.watch.families:
             return 0
-        turns = self.watch.state_dict()["monitors"]["spectra"]["turns"].values()
+        turns = self.watch._spectra.state_dict()["turns"].values()
         held = {id(x): x for _, ring in turns for entry in ring for side in entry[2:4] for x in side}
         return sum(x.numel() * x.element_size() for x in held.values())
 

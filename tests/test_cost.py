@@ -149,10 +149,10 @@ def test_a_new_series_costs_the_same_beside_many(tmp_path: Path) -> None:
             count += 1
             return 0
 
-        store._connection().set_progress_handler(progress, 100)
+        store._writable().set_progress_handler(progress, 100)
         store.write(0, [Reading(f"metric/{i}", "site", np.zeros(1)) for i in range(series)])
         store.flush()
-        store._connection().set_progress_handler(None, 0)
+        store._writable().set_progress_handler(None, 0)
         store.close()
         return count
 

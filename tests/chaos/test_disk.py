@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training import STEPS, Loop, identical
+from loop import STEPS, Loop, identical
 
 from foreshock import RunError, Watch, open_run
 from foreshock.pending import MOST_BYTES

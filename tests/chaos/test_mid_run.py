@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from loop import STEPS, Layer, Loop, identical
 from torch import Tensor, nn
-from training import STEPS, Layer, Loop, identical
 
 from foreshock import Watch
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from loop import STEPS, Loop, identical
 from torch.utils.data import DataLoader, Dataset
-from training import STEPS, Loop, identical
 
 from foreshock import Watch, open_run
 
@@ -21,7 +21,7 @@ ATTENTION = "attention/q_rms"
 DRIVER = """
 import json, os, resource, signal, sys
 import torch
-from training import Loop, identical
+from loop import Loop, identical
 from foreshock import Watch
 codes = {}
 for number, (how, script, waits) in enumerate(json.loads(sys.argv[2])):
