@@ -72,6 +72,7 @@ def test_killed_at_a_few_moments(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_at_fifty_moments(tmp_path: Path) -> None:
     _killed(tmp_path, 50, 2)
 
