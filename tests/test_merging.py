@@ -167,7 +167,9 @@ def test_a_rank_that_dies_is_given_up(tmp_path: Path) -> None:
     (warning,) = told["warnings"]
     assert warning.startswith("merging what the ranks measured")
     assert told["step"] == STEPS
-    assert list(job.series("gone")["attention/q_rms|attention:layers.0|steps"]) == list(range(DYING))[:-2]
+    steps = job.series("gone")["attention/q_rms|attention:layers.0|steps"].tolist()
+    assert steps in ([0], [0, 1])  # the flush of step 1 was begun when rank 1 went, and may be over by then
+    assert max(steps) < DYING - 1
 
 
 @pytest.mark.slow
@@ -179,6 +181,17 @@ def test_more_ranks_and_sharded_ones(alone: Job, tmp_path: Path, name: str, rank
     keys = [key for key in watched if key.startswith("parameter|")]
     assert keys
     assert all(np.array_equal(watched[key], plain[key]) for key in keys)
+
+
+@pytest.mark.slow
+def test_the_example_names_the_rank_that_computes_wrong() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    example = Path(__file__).parents[1] / "examples" / "ddp.py"
+    done = subprocess.run([*torchrun, example], capture_output=True, text=True, timeout=300, check=True)
+    for rank in (0, 1):
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"rank {rank}: ")]
+        assert "(8, 'wrong softmax scale or mask', (1,))" in line
+    assert "written for all ranks: 20 steps" in done.stdout
 
 
 @pytest.mark.parametrize("rank", [0, 1, 65535])
