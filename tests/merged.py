@@ -183,6 +183,26 @@ def apart(out: Path, name: str) -> None:
     write(out, name, watch, model)
 
 
+def failing(out: Path, name: str) -> None:
+    """Rank 0 raises while the other trains on: how long it is held up by that."""
+    model = Stack(Attention())
+    watch = Watch(every=1, inner="aot_eager", windows=(2,))
+    raised = 0.0
+    try:
+        with watch:
+            run = torch.compile(model, backend=watch.backend)
+            optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+            for step in range(STEPS):
+                if RANK == 0 and step == DYING:
+                    raised = time.monotonic()
+                    raise ValueError("out of memory, say")
+                run(next(batch)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    except ValueError:
+        write(out, name, watch, held=time.monotonic() - raised)
+
+
 def average(model: nn.Module) -> None:
     """Of the gradients over ranks, zero where a rank has none."""
     for parameter in model.parameters():
@@ -212,6 +232,7 @@ def broken(out: Path, name: str) -> None:
 
 SCENARIOS = {
     "broken": broken,
+    "failing": failing,
     "tp": tensor_parallel,
     **dict.fromkeys(("sites", "stages", "idle", "probe", "gone", "late"), apart),
 }
@@ -224,7 +245,7 @@ def main(out: Path, names: list[str]) -> None:
     for name in names:
         torch._dynamo.reset()
         SCENARIOS.get(name, parallel)(out, name)
-    if WORLD > 1 and "gone" not in names:
+    if WORLD > 1 and not {"gone", "failing"} & set(names):
         distributed.barrier()
         distributed.destroy_process_group()
     os._exit(0)  # where a rank is gone, torchrun's own teardown would wait

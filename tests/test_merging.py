@@ -172,6 +172,12 @@ def test_a_rank_that_dies_is_given_up(tmp_path: Path) -> None:
     assert max(steps) < DYING - 1
 
 
+def test_an_error_on_one_rank_is_not_held_up_by_the_others(tmp_path: Path) -> None:
+    told = Job(tmp_path / "failing", 2, "failing").told("failing")
+    assert told["step"] == DYING
+    assert told["held"] < 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "ranks"), [("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
 def test_more_ranks_and_sharded_ones(alone: Job, tmp_path: Path, name: str, ranks: int) -> None:
