@@ -146,10 +146,7 @@ class Collector:
         if self.merging is not None:
             self._loose |= {(step, reading.metric, reading.site): reading.values for reading in readings}
         elif readings:
-            self._unjudged |= {(reading.metric, reading.site): reading for reading in readings}
-            self._guarded("writing to the store", self.store.write, step, readings)
-            for sink in self.sinks:
-                self._guarded(f"sink {type(sink).__name__}", sink.readings, step, readings)
+            self.note(step, readings)
 
     def state_dict(self) -> dict[str, Any]:
         """What was weighed and not judged yet, and the alarms so far; no sample of the step under way."""
