@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,15 @@ def test_nothing_is_lost_to_a_fork_or_a_disk_that_recovers(ended, how: str) -> N
         assert "run/loss" not in run.metrics()
 
 
+def _held(run: Path) -> list[str]:
+    """The files in the folder ``run`` that this process holds open."""
+    targets = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(os.readlink(link))
+    return [target for target in targets if Path(target).is_relative_to(run)]
+
+
 class Batches(Dataset[torch.Tensor]):
     def __init__(self, where: Path) -> None:
         self.where = where
@@ -159,9 +169,8 @@ class Batches(Dataset[torch.Tensor]):
         return 2 * STEPS
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        for held in Path("/proc/self/fd").iterdir():  # what this worker holds of the run
-            if held.is_symlink() and "run.sqlite" in os.readlink(held):
-                (self.where / f"held by {os.getpid()}").touch()
+        if _held(self.where.parent / "run"):
+            (self.where / f"held by {os.getpid()}").touch()
         return torch.randn(5, 8, generator=torch.Generator().manual_seed(index))
 
 
@@ -182,15 +191,11 @@ def test_forked_workers_hold_nothing_of_the_run(one_thread, warnings_logged, tmp
     with Watch(tmp_path / "run", every=1, inner="aot_eager") as watch:
         assert identical(_over_loader(watch.backend, held), plain)
         watch.flush()
-        assert [path for path in Path("/proc/self/fd").iterdir() if _is_run(path)], "the trainer itself does hold it"
+        assert _held(tmp_path / "run"), "the trainer itself does hold it"
     assert list(held.iterdir()) == []
     assert warnings_logged() == []
     with open_run(tmp_path / "run") as run:
         assert run.series(ATTENTION)[0].tolist() == list(range(3 * STEPS))
-
-
-def _is_run(path: Path) -> bool:
-    return path.is_symlink() and "run.sqlite" in os.readlink(path)
 
 
 HANDLED = """
