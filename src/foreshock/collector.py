@@ -202,7 +202,7 @@ class Collector:
 
     def record(self, coverage: Callable[[], Coverage], facts: Callable[[], dict[str, Any]]) -> None:
         """Write down the ledger, and facts about the run, with all that was worked off."""
-        self._guarded("writing to the store", lambda: self.store.meta(**facts()))
+        self._guarded("writing to the store", lambda: self.store.meta(held_to=self.judge.held_to, **facts()))
         self._guarded("writing to the store", lambda: self.store.coverage(coverage()))
         self.flush()
 
