@@ -32,9 +32,10 @@ Key = tuple[str, str | None]
 @dataclass(frozen=True, slots=True)
 class Band:
     """What the trend of a series, folded over its heads by ``fold``, was expected to be: an excursion gathers evidence outside of
-    ``low`` and ``high``. NaN from where it was judged out until it came back."""
+    ``low`` and ``high``, on the sides in ``directions``. NaN from where it was judged out until it came back."""
 
     fold: str
+    directions: tuple[int, ...]
     steps: Array
     low: Array
     high: Array
@@ -88,7 +89,7 @@ def bands(run: Run) -> dict[Key, Band]:
         steps, middle, spread = (np.array(part) for part in zip(*own, strict=True))
         low, high = (middle - spread) / units[column], (middle + spread) / units[column]
         low, high = (np.exp(low), np.exp(high)) if trend.scale == "log" else (low, high)
-        found[trend.metric, site] = Band(trend.fold, steps, low, high)
+        found[trend.metric, site] = Band(trend.fold, trend.directions, steps, low, high)
     return found
 
 

@@ -54,7 +54,7 @@ def policy(style: str, scripts: tuple[str, ...], *, live: bool) -> str:
     allowed = " ".join(map(_hashed, scripts))
     network = "'self'" if live else "'none'"
     admitted = f"style-src {_hashed(style)}; script-src {allowed}; connect-src {network}"
-    return f"default-src 'none'; {admitted}; base-uri 'none'; form-action 'none'"
+    return f"default-src 'none'; img-src data:; {admitted}; base-uri 'none'; form-action 'none'"
 
 
 def _hashed(text: str) -> str:

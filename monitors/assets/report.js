@@ -322,7 +322,8 @@
   let version = document.body.dataset.version;
   const swap = (page) => {
     const fresh = new DOMParser().parseFromString(page, "text/html");
-    const anchor = Array.from(document.querySelectorAll("[id]")).find((element) => element.getBoundingClientRect().top >= 0);
+    const shown = (element) => element.getClientRects().length && element.getBoundingClientRect().top >= 0;
+    const anchor = Array.from(document.querySelectorAll("#content [id]")).find(shown);
     const [place, top, focus] = [anchor?.id, anchor?.getBoundingClientRect().top, document.activeElement];
     const open = Array.from(document.querySelectorAll("details[id][open]"), ({ id }) => id);
     const built = panels.filter((panel) => panel.built), sites = Object.fromEntries(panels.map((panel) => [panel.figure.id, panel.chosen]));
@@ -334,7 +335,7 @@
     open.forEach((id) => { const details = document.getElementById(id); if (details) details.open = true; });
     start(sites);
     built.forEach(({ figure }) => document.getElementById(figure.id)?.panel.build());
-    numbers.forEach((id) => { const panel = document.getElementById(id)?.panel; if (panel?.table) panel.table.open = true; });
+    numbers.forEach((id) => { const panel = document.getElementById(id)?.panel; if (panel?.table) { panel.table.open = true; panel.fill(); } });
     if (held) document.getElementById(held)?.querySelector(heldBy)?.focus({ preventScroll: true });
     const now = place && document.getElementById(place);
     if (now) scrollBy({ top: now.getBoundingClientRect().top - top, behavior: "instant" });
