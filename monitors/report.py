@@ -129,7 +129,7 @@ def _law_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "law": metric["name"],
                 "anchor": metric["anchor"],
                 "share": share,
-                "worst": f"{share:.2g}" + " times" * (share > 1),
+                "worst": f"{share:.2g} {'times' if share > 1 else 'of'} its floor",
                 "where": data["sites"][worst["s"]] + part,
                 "step": told["step"],
                 "count": count,
