@@ -6,10 +6,10 @@ Each round runs a block of steps of every way, in turns; a ratio is that of medi
 95 % of its bootstrap. Blocks have ten steps, for some things are done every tenth. A step is forward, backward, AdamW, and what
 foreshock does when it is over: merging, spectra, judging, writing to the run folder.
 
-Compile times are the processor's, compilers included, cold with an empty cache folder and warm with the same one; "two" is the
-first sampled and the first plain step. Peak memory is the most that a step holds, with parameters, gradients and Adam's moments;
-the spectra's snapshots are told apart. Syncs are numbers read from tensors while a step runs; copies are packed vectors brought
-to the host after it.
+Compile times are the processor's, compilers included, in a process that has compiled before: cold with an empty cache folder, and
+warm with the same one; "two" is the first sampled and the first plain step. Peak memory is the most that a step holds, with
+parameters, gradients and Adam's moments; the spectra's snapshots are told apart. Syncs are numbers read from tensors while a step
+runs; copies are packed vectors brought to the host after it.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ def steps(console: Console, name: str, found: dict[str, Trained], rounds: int) -
 
 def compilations(console: Console, name: str, make: Make, folder: Path) -> tuple[dict[str, Trained], dict[str, Any]]:
     """The table of compilations, and every way compiled."""
+    torch._dynamo.reset()
+    compiled(make, Way(), folder / "first")[0].close()  # pays for what a process does once, imports above all
     cold: dict[str, Compiled] = {}
     ways = {way: of for way, of in WAYS.items() if of.compiled and (not of.hooks or name in SIZES)}
     for way, of in ways.items():
