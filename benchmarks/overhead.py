@@ -44,7 +44,14 @@ SIZES = {
     "dense": (Size(width=512, layers=6, heads=8, hidden=2048), 1, 512),
     "moe": (Size(width=256, layers=4, heads=4, hidden=512, experts=8), 2, 512),
 }
+SMALL = Size(width=256, layers=2, heads=4, hidden=1024)
 BLOCK, SHORT = 10, 3  # steps a block: of ways that do something now and then, of all others
+
+
+def _ways(name: str) -> dict[str, Way]:
+    """All of them for the dense model; of the others those that most will ask for, so that the whole takes minutes."""
+    few = () if name == "dense" else ('every=1, "all"', "eager", "eager, hooks")
+    return {way: of for way, of in WAYS.items() if way not in few and (not of.hooks or name in SIZES)}
 
 
 def _slug(way: str) -> str:
@@ -99,16 +106,16 @@ def steps(console: Console, name: str, found: dict[str, Trained], rounds: int) -
 def compilations(console: Console, name: str, make: Make, folder: Path) -> tuple[dict[str, Trained], dict[str, Any]]:
     """The table of compilations, and every way compiled."""
     torch._dynamo.reset()
-    compiled(make, Way(), folder / "first")[0].close()  # pays for what a process does once, imports above all
+    compiled(plain(SMALL, 1, 128), Way({"every": 2}), folder / "first", 2)[0].close()  # pays for imports and the like
     cold: dict[str, Compiled] = {}
-    ways = {way: of for way, of in WAYS.items() if of.compiled and (not of.hooks or name in SIZES)}
+    ways = {way: of for way, of in _ways(name).items() if of.compiled}
     for way, of in ways.items():
         if way == "every=10":
             continue
         torch._dynamo.reset()
         trained, cold[way] = compiled(make, of, folder / _slug(way))
         trained.close()
-        if way == "every=1":
+        if way == "every=1" and name == "dense":
             torch._dynamo.reset()
             trained, cold["two"] = compiled(make, Way({"every": 2}), folder / "two", steps=2)
             trained.close()
@@ -170,7 +177,7 @@ def main() -> None:
     console, told = Console(width=120), dict[str, Any]()
     console.print(" ".join(f"{key} {value}" for key, value in where().items()))
     if options.quick:
-        MAKES["dense"] = plain(Size(width=256, layers=2, heads=4, hidden=1024), 1, 256)
+        MAKES["dense"] = plain(SMALL, 1, 256)
     for name in options.models:
         rounds = options.rounds or (3 if options.quick else 7)
         with tempfile.TemporaryDirectory() as folder:
@@ -180,9 +187,7 @@ def main() -> None:
                 told[name] = {"steps": steps(console, name, found, rounds)}
                 continue
             found, compiling = compilations(console, name, MAKES[name], Path(folder))
-            for way, of in WAYS.items():
-                if not of.compiled and (not of.hooks or name in SIZES):
-                    found[way] = Trained(MAKES[name], of)
+            found |= {way: Trained(MAKES[name], of) for way, of in _ways(name).items() if not of.compiled}
             taken = steps(console, name, found, rounds)
             told[name] = {"compilation": compiling, "steps": taken, "rest": rest(console, name, found, Path(folder))}
     write("overhead", told, options.json)
