@@ -255,8 +255,7 @@ def standing(sites: Sequence[Site], read: Read = as_it_is) -> list[Reading]:
         found = _factors(pair, read)
         q, k = (tuple(x.double() for x in side) for side in (found.q, found.k))
         now[name] = Factors(q, k, found.precision)
-        nothing = (tuple(torch.zeros_like(x) if i % 2 == 0 else x for i, x in enumerate(side)) for side in (q, k))
-        base[name] = Factors(*nothing, found.precision)
+        base[name] = Factors(_without_matrices(q), _without_matrices(k), found.precision)
     return [
         Reading(metric.replace("delta3", "qk"), site, rows[row])
         for names, values in _by_shape(now, base, views, 1)
@@ -264,6 +263,10 @@ def standing(sites: Sequence[Site], read: Read = as_it_is) -> list[Reading]:
         if "/delta3_" in metric
         for row, site in enumerate(names)
     ]
+
+
+def _without_matrices(side: Side) -> Side:
+    return tuple(x if place % 2 else torch.zeros_like(x) for place, x in enumerate(side))
 
 
 def _views(sites: Sequence[Site]) -> dict[str, Pair]:

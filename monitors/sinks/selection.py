@@ -100,8 +100,8 @@ class Selection:
 def _folded(fold: str, available: Array) -> float:
     if not available.size:
         return float("nan")
-    with np.errstate(invalid="ignore"):
-        return float({"min": np.min, "mean": np.mean, "max": np.max}[fold](available))
+    with np.errstate(invalid="ignore"):  # the mean of infinities of both signs
+        return float(available.min() if fold == "min" else available.max() if fold == "max" else available.mean())
 
 
 def _is_own(metric: str) -> bool:

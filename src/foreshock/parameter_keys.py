@@ -85,7 +85,7 @@ class Keys:
         return f"{name} is not in the checkpoint{where}{nearest(name, list(self._whole))}"
 
 
-def renaming(model: torch.nn.Module) -> Renamed:
+def renaming(model: Any) -> Renamed:
     """How transformers names what it saves of ``model``: for some families not as the model does. Of other models nothing."""
     if not hasattr(model, "main_input_name"):
         return as_saved

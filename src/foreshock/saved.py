@@ -54,10 +54,11 @@ class _Safetensors(Saved):
 
     def __init__(self, path: Path, files: Mapping[str, Path] | Sequence[Path]) -> None:
         """``files``: by key, as an index has it, and then opened when they are needed; or all of them."""
-        self._files = files if isinstance(files, Mapping) else {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
-        if not self._files:
-            self._files = {key: file for file in files for key in self._header(Path(file))[1]}
+        if isinstance(files, Mapping):
+            self._files = dict(files)
+        else:
+            self._files = {key: file for file in files for key in self._header(file)[1]}
         super().__init__(path, _Shapes(self))
 
     def keys(self) -> Iterator[str]:
@@ -152,15 +153,17 @@ class _Distributed(Saved):
         super().__init__(path, {key: tuple(entry.size) for key, entry in self._entries.items()})
 
     def _tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         wanted = {key: torch.empty(self.shapes[key], dtype=self._entries[key].properties.dtype) for key in keys}
-        reader = checkpoint.FileSystemReader(self.path)
+        reader = FileSystemReader(self.path)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-                checkpoint.load(wanted, storage_reader=reader, no_dist=True)
-        except (Exception, checkpoint.CheckpointException) as error:
+                load(wanted, storage_reader=reader, no_dist=True)
+        except (Exception, CheckpointException) as error:
             failures = getattr(error, "failures", None)  # by rank, with their tracebacks
             cause = next(iter(failures.values()))[0] if failures else error
             raise _damaged(self.path, cause) from error

@@ -155,7 +155,8 @@ class _Reader:
 
 def on_tensors(site: Site, tensors: Mapping[str, Tensor]) -> Site:
     """``site`` with views that read ``tensors``, by the names of the parameters; whoever calls holds them."""
-    return replace(site, **{role: _on_tensors(view, tensors) for role, view in _views(site).items()})
+    views: dict[str, Any] = {role: _on_tensors(view, tensors) for role, view in _views(site).items()}
+    return replace(site, **views)
 
 
 def _on_tensors(view: WeightView, tensors: Mapping[str, Tensor]) -> WeightView:
