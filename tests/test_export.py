@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from foreshock import cli, open_run
 from foreshock import export as module
-from foreshock.errors import ConfigError
+from foreshock.errors import ConfigError, RunError
 from foreshock.export import COLUMNS, export
 from foreshock.reader import Run
 from foreshock.records import Reading
@@ -23,7 +24,7 @@ STEPS = 300  # so that some rows are in chunks and some in the tail
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> Iterator[Run]:
     generator = np.random.default_rng(0)
     store = RunStore(tmp_path / "one")
     for step in range(STEPS):
@@ -33,7 +34,8 @@ def run(tmp_path: Path) -> Run:
         store.write(step, [Reading("run/loss", None, values[:1])])
         store.flush()
     store.close()
-    return open_run(tmp_path / "one")
+    with open_run(tmp_path / "one") as opened:
+        yield opened
 
 
 def rows_of(path: Path) -> list[tuple[int, str, str | None, int, float]]:
@@ -120,7 +122,7 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(Run, "series", fails)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(RunError, match="the disk is gone; free the disk"):
         export(run, path)
     assert path.read_text() == "of yesterday"
     assert sorted(found.name for found in tmp_path.iterdir()) == ["one", "run.csv"]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from foreshock.errors import ConfigError
+from foreshock.errors import ConfigError, RunError
 from foreshock.monitors.sinks.jsonl import named
 from foreshock.reader import Run
 from foreshock.records import Array
@@ -48,7 +48,7 @@ def export(
     """Write the series whose metric fits one of the globs ``metrics`` to ``file``; how many rows that was.
 
     The suffix says how: .parquet (needs pyarrow), .csv or .jsonl. JSON has no NaN and no infinity, which become their names.
-    Raises ConfigError for another suffix, a glob that nothing fits, or a missing pyarrow; OSError where it cannot be written.
+    Raises ConfigError for another suffix, a glob that nothing fits, or a missing pyarrow; RunError where it cannot be written.
     """
     file = Path(file)
     if file.suffix not in WRITERS:
@@ -59,9 +59,9 @@ def export(
             raise ConfigError(f"exporting {run.path}: no metric fits {glob!r}{nearest(glob, known)}")
     wanted = [name for name in known if any(fnmatchcase(name, glob) for glob in metrics)]
     keys = [(name, site) for name in wanted for site in run.sites_of(name)]
-    file.parent.mkdir(parents=True, exist_ok=True)
     part, rows = file.with_name(f".{file.name}.part"), 0
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         with WRITERS[file.suffix](part) as writer:
             for done, (name, site) in enumerate(keys):
                 progress(done, len(keys))
@@ -69,6 +69,8 @@ def export(
                     writer.write(block)
                     rows += len(block.values)
         part.replace(file)
+    except OSError as error:
+        raise RunError(f"exporting to {file}: {error}; free the disk, or give another place") from error
     finally:
         part.unlink(missing_ok=True)
     progress(len(keys), len(keys))

@@ -55,7 +55,7 @@ class Keys:
             if len(fitting) == 1:
                 found[name] = fitting[0]
             else:
-                reasons[name] = self._reason(name, fitting)
+                reasons[name] = self._reason(name, fitting, suggest=not reasons)
         claimed: dict[str, list[str]] = {}
         for name, key in found.items():
             claimed.setdefault(key, []).append(name)
@@ -74,7 +74,8 @@ class Keys:
             return [key for found in longer for key in self._whole[found]]
         return next((self._whole[end] for end in _ends(name) if end in self._whole), [])
 
-    def _reason(self, name: str, fitting: list[str]) -> str:
+    def _reason(self, name: str, fitting: list[str], suggest: bool) -> str:
+        """``suggest``: look for keys that are spelled alike, which takes a second where there are many."""
         if fitting:
             return f"{name} could be any of {', '.join(fitting[:4])}; say which with --prefix"
         plain = _plain(name)
@@ -82,7 +83,7 @@ class Keys:
         if changed:
             return f"{name} is stored otherwise ({changed[0]}), and transformers converts it while loading"
         where = f" below {self.prefix}" if self.prefix else ""
-        return f"{name} is not in the checkpoint{where}{nearest(name, list(self._whole))}"
+        return f"{name} is not in the checkpoint{where}{nearest(name, list(self._whole)) if suggest else ''}"
 
 
 def renaming(model: Any) -> Renamed:

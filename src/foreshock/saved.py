@@ -82,7 +82,9 @@ class _Safetensors(Saved):
             data = file.read(last - first)
         if len(data) < last - first or len(data) != math.prod(entry["shape"]) * dtype.itemsize:
             raise _damaged(self._files[key], f"{key} is cut off")
-        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry["shape"]) if data else torch.zeros(0)
+        if not data:
+            return torch.zeros(entry["shape"], dtype=dtype)
+        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry["shape"])
 
     def _entry(self, key: str) -> tuple[int, dict[str, Any]]:
         start, header = self._header(self._files[key])
@@ -174,15 +176,18 @@ class _PlainValues(pickle.Unpickler):
     """Makes the records of `torch.distributed.checkpoint` and nothing else: its metadata is a pickle, which could run anything."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if "." not in name else None
-        record = isinstance(found, type) and module.startswith("torch.distributed.checkpoint.")
-        value = module == "torch" and (name == "Size" or isinstance(found, torch.dtype | torch.layout))
+        """Nothing is imported before it is known to be harmless."""
+        value = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
+        record = module == _RECORDS and name.isidentifier()
         if record or value or (module, name) in _HARMLESS:
-            return found
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a checkpoint")
 
 
+_RECORDS = "torch.distributed.checkpoint.metadata"
 _HARMLESS = {
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("collections", "OrderedDict"),
     ("torch.serialization", "_get_layout"),
     ("builtins", "set"),
