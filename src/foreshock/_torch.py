@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -232,3 +233,21 @@ def restore_random_state(device: torch.device, state: tuple[torch.Tensor, ...]) 
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state(state[1], device)
+
+
+class CompileCaches(NamedTuple):
+    """Where compiled code is kept, and whether graphs of inductor and of AOTAutograd are looked up there."""
+
+    folder: str
+    graphs: bool
+    autograd: bool
+
+
+def compile_caches() -> CompileCaches:
+    """Where this process keeps what it compiles. Checked on 2.13."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+    return CompileCaches(folder, bool(inductor.fx_graph_cache), bool(functorch.enable_autograd_cache))

@@ -24,7 +24,7 @@ from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instance, Instances
 from foreshock.masters import Masters
 from foreshock.memory import MemoryStore
-from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, SharedRouterWeights, Spectra
+from foreshock.monitors import BiasLaw, Judge, RouterWeights, SharedRouterWeights, Spectra, receivers
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
 from foreshock.monitors.step_monitor import StepMonitor
 from foreshock.monitors.tiers import probes as built_in
@@ -62,7 +62,7 @@ class Watch:
         on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), a callable taking the `Alarm`, or a row of
             these; in a distributed job "raise" and "stop" happen on all ranks at one step (docs/acting.md).
         debounce: steps in which further alarms of a mechanism, at other sites, do not act again.
-        sinks: more receivers of readings and alarms.
+        sinks: more receivers of readings and alarms, beside those of the settings; objects, or names (docs/sinks.md).
         strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
         merge: in a job of several ranks, what they measure is merged into one run, which rank 0 writes (True; docs/ranks.md); it
             takes a watch on every rank. False: each rank watches for itself, into ``RUN/rank3``.
@@ -177,7 +177,7 @@ class Watch:
                 steps_per_false_alarm=self.settings.steps_per_false_alarm,
                 align=self.settings.align,
             ),
-            sinks=[ConsoleSink(), *sinks],
+            sinks=receivers(self.settings.sinks, sinks),
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
             costs=self.costs,
