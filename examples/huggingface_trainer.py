@@ -81,7 +81,8 @@ def make(folder: Path, steps: int, breaks: int | None = None, **more: Any) -> tr
 
 def train(trainer: transformers.Trainer, run: Path, resume: bool = False, **options: Any) -> foreshock.Watch:
     """Train under a watch; ``options`` are the callback's."""
-    with foreshock.Watch(run, every=5, on_alarm="stop") as watch:
+    # Inductor, the default, would take a minute or two to compile.
+    with foreshock.Watch(run, every=5, inner="eager", on_alarm="stop") as watch:
         trainer.add_callback(ForeshockCallback(trainer, watch, metrics=["law/euler"], save_on_alarm=True, **options))
         trainer.train(resume_from_checkpoint=resume)
     return watch

@@ -60,7 +60,8 @@ def train(
     pl.seed_everything(0, verbose=False)
     text = data.standard_library(cap=200_000).tokens
     windows = text[: len(text) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1).long()
-    with foreshock.Watch(folder / "run", every=5, on_alarm="stop") as watch:
+    # Inductor, the default, would take a minute or two to compile.
+    with foreshock.Watch(folder / "run", every=5, inner="eager", on_alarm="stop") as watch:
         trainer = pl.Trainer(
             max_steps=steps,
             accelerator="cpu",

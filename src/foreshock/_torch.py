@@ -203,7 +203,7 @@ def stand_in(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
 
 
 def plain_call(module: torch.nn.Module) -> Callable[..., Any]:
-    """A call of ``module`` with its hooks and with nothing that stands in for it: what its ``compile`` compiles. Checked on 2.13."""
+    """What ``compile`` of ``module`` compiles: a call with its hooks, and with nothing that stands in. Checked on 2.13."""
     call: Callable[..., Any] = module._call_impl
     return call
 

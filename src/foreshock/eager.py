@@ -42,8 +42,9 @@ class Eager:
         """Arm every module of this process that holds a parameter of ``optimizer``."""
         owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         # By type: asking for a lazy object's __class__ may import things.
-        live = [found for found in gc.get_objects() if issubclass(type(found), nn.Module) and hasattr(found, "_modules")]
-        self._arm(module for module in live if any(id(p) in owned for p in module.parameters()))
+        live = [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]
+        made = [module for module in live if hasattr(module, "_modules")]
+        self._arm(module for module in made if any(id(p) in owned for p in module.parameters()))
 
     def meet_parts(self, root: nn.Module, *, itself: bool = True) -> None:
         """Arm the parts of ``root`` that hold a parameter to train, and ``itself``."""
@@ -70,7 +71,8 @@ class Eager:
 
     def _called(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         plain = _torch.plain_call(module)
-        if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled() or module not in self._armed:
+        trains = not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled()
+        if not trains or module not in self._armed:
             return plain(*args, **kwargs)
         self.disarm(module)
         self.compiled[type(module).__name__] += 1

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer, the real one: what a broken kernel leaves in its log, its checkpoints, and what a healthy run does not."""
+"""The Hugging Face Trainer, the real one: a broken kernel in its log and its checkpoints, and a healthy run without alarms."""
 
 from __future__ import annotations
 

@@ -53,7 +53,10 @@ def test_a_healthy_run_raises_none_and_resumes_with_its_watch(module: ModuleType
     options = {"callbacks": [save], "enable_checkpointing": True, "limit_val_batches": 1, "val_check_interval": 7}
     trained = [module.train(tmp_path, 20, **options)]
     trained.append(module.train(tmp_path, 40, resume=tmp_path / "saved" / "step=20.ckpt", **options))
-    assert [(trainer.global_step, watch.step, watch.alarms) for trainer, watch in trained] == [(20, 20, []), (40, 40, [])]
+    assert [(trainer.global_step, watch.step, watch.alarms) for trainer, watch in trained] == [
+        (20, 20, []),
+        (40, 40, []),
+    ]
     assert module.logged(tmp_path) == []
     assert list(watch_series(tmp_path, "law/euler", "attention:model.layers.1.attention")) == list(range(0, 40, 5))
     assert [status.evaluations for status in trained[0][1].coverage] == [20, 20]

@@ -17,8 +17,8 @@ class Entries:
     """Listens to ``watch``, and keeps what it says until the framework asks.
 
     ``metrics``: names of metrics or patterns of them (``law/*``) whose last reading is kept; of heads and experts the mean and the
-    largest. Alarms are those that act: each fault once (docs/acting.md). In a job of several ranks every rank hears them at the same
-    step; readings come to the rank that writes the run.
+    largest. Alarms are those that act: each fault once (docs/acting.md). Of ranks that are merged each hears them, at one step;
+    readings come to the rank that writes the run.
     """
 
     def __init__(self, watch: Watch, metrics: Sequence[str] = ()) -> None:

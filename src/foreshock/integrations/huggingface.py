@@ -59,7 +59,8 @@ class ForeshockCallback(TrainerCallback):
     ) -> None:
         if args.torch_compile and self._wanted is not None:
             raise ConfigError("compiling the Trainer's model: the callback does it; leave torch_compile out")
-        self.watch.bind(self._trainer.model)
+        if isinstance(self._trainer.model, torch.nn.Module):
+            self.watch.bind(self._trainer.model)
         if self._wanted is not None:
             Eager(self._wanted, lambda call: torch.compile(call, backend=self.watch.backend)).meet_parts(
                 self._trainer.model_wrapped
@@ -75,7 +76,7 @@ class ForeshockCallback(TrainerCallback):
         alarms, due = self._entries.alarms(), control.should_log
         latest = self._entries.latest() if due else {}
         for entry in filter(None, (*alarms, latest)):
-            self._trainer.log(dict(entry))
+            self._trainer.log(dict(entry))  # type: ignore[arg-type]  # words reach the history, and loggers that take them
         control.should_log = due  # logging takes it back, and the Trainer's own losses are still to come
         control.should_save = control.should_save or (self._save_on_alarm and bool(alarms))
         control.should_training_stop = control.should_training_stop or self.watch.stop_requested
@@ -120,7 +121,9 @@ class ForeshockCallback(TrainerCallback):
             stored = folder / "trainer_state.json"
             if stored.is_file() and _is_history(stored, state):
                 return self.resume(folder)
-        log.warning("the Trainer resumes from a checkpoint that foreshock cannot find; give it to ForeshockCallback.resume")
+        log.warning(
+            "the Trainer's checkpoint was not found, the watch begins anew; give it to ForeshockCallback.resume"
+        )
         return None
 
 

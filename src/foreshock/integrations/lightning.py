@@ -17,12 +17,12 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:
     try:
-        from pytorch_lightning import Callback, LightningModule, Trainer
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]  # the same, alone
     except ImportError as error:
         raise ForeshockError(f"importing Lightning: {error}; pip install 'foreshock[lightning]'") from error
 
 
-class ForeshockCallback(Callback):  # type: ignore[misc]  # which of the two packages is known only at run time
+class ForeshockCallback(Callback):
     """Compiles what is trained with the watch's backend and brings what the watch says to the Trainer's loggers and checkpoints.
 
     Args:
@@ -32,13 +32,11 @@ class ForeshockCallback(Callback):  # type: ignore[misc]  # which of the two pac
         compile: "auto" compiles the outermost modules that the training step calls; a class (``Block``), each module of it; None,
             nothing: they are compiled with ``watch.backend`` already. Validation stays eager.
 
-    Loggers are told of an alarm at once, in numbers, for few of them take words: ``foreshock/alarms`` counts, ``foreshock/onset`` is
-    the step at which it began, ``foreshock/MECHANISM`` is 1. The watch's state is part of each checkpoint and taken up from it.
+    Loggers are told of an alarm at once, in numbers, for few of them take words: ``foreshock/alarms`` counts, ``foreshock/onset``
+    is the step at which it began, ``foreshock/MECHANISM`` is 1. The watch's state is part of each checkpoint and taken up from it.
     """
 
-    def __init__(
-        self, watch: Watch | None = None, *, metrics: Sequence[str] = (), compile: str | None = AUTO
-    ) -> None:
+    def __init__(self, watch: Watch | None = None, *, metrics: Sequence[str] = (), compile: str | None = AUTO) -> None:
         self.watch = default_watch() if watch is None else watch
         self._wanted = compile
         self._entries = Entries(self.watch, metrics)
@@ -56,7 +54,8 @@ class ForeshockCallback(Callback):  # type: ignore[misc]  # which of the two pac
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, torch.Tensor):
             self.watch.log(loss=loss)
-        self._tell(trainer, readings=trainer.global_step % trainer.log_every_n_steps == 0)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a part of the Trainer
+        self._tell(trainer, readings=trainer.global_step % every == 0)
         trainer.should_stop = trainer.should_stop or self.watch.stop_requested
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
