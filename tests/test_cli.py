@@ -198,7 +198,7 @@ def test_every_way_to_compile_is_watched(script: Path, way: str) -> None:
 def test_another_backend_is_left_alone_and_said(script: Path) -> None:
     outcome = launch(str(script), ["other"])
     assert outcome.watch is None
-    assert outcome.summary()[0].endswith("(left alone: eager)")
+    assert "(left alone: eager); --compile-eager auto" in outcome.summary()[0]
     assert Outcome().summary()[1] == "no run was kept"
 
 

@@ -52,6 +52,10 @@ class Backend:
             watched = None
         return watched if watched is not None else inner(gm, example_inputs)
 
+    def __deepcopy__(self, memo: Any) -> Backend:
+        """Lightning's Fabric copies what `torch.compile` was given; the watch is this one."""
+        return self
+
     def _inner(self, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Compiled]:
         name = self._watch.inner
         if name == "inductor":

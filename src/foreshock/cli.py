@@ -33,17 +33,36 @@ app = typer.Typer(
 )
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RunOption = Annotated[str | None, typer.Option("--run", metavar="DIR", help="Keep the run in this folder.")]
+# torchrun takes --run for an abbreviation of one of its own, wherever it stands.
+RunOption = Annotated[
+    str | None, typer.Option("--run", "--run-dir", metavar="DIR", help="Keep the run in this folder.")
+]
 EveryOption = Annotated[int | None, typer.Option("--every", min=1, metavar="N", help="Sample one step in N.")]
+ModuleOption = Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name, as for python -m.")]
+EagerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--compile-eager",
+        metavar="CLASS|auto",
+        help="Compile what the script leaves eager as well: each module of a class, or the outermost module that is trained.",
+    ),
+]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Turn any failure inside foreshock into an error.")]
 Script = Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python script.")]
 ScriptArgs = Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="Handed to the script.")]
+
+
+class _Interrupted(BaseException):
+    """The script ended by a KeyboardInterrupt, which is printed already."""
 
 
 def main() -> None:
     """Entry point of the ``foreshock`` command."""
     try:
         app()
+    except _Interrupted:
+        sys.excepthook = lambda *_: None
+        raise KeyboardInterrupt from None  # Python then ends by the signal, as it would for the script alone
     except ForeshockError as error:
         print("foreshock:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
@@ -68,16 +87,22 @@ def _options(
 def run(
     script: Script,
     args: ScriptArgs = None,
+    module: ModuleOption = False,
+    compile_eager: EagerOption = None,
     run: RunOption = None,
     every: EveryOption = None,
     strict: StrictOption = False,
 ) -> None:
     """Run SCRIPT with its own arguments; whatever it compiles is watched."""
-    from foreshock.run import launch
+    from foreshock.run import launch, speaks
 
-    outcome = launch(script, args or [], run=run, every=every, strict=strict)
-    for line in outcome.summary():
+    outcome = launch(
+        script, args or [], module=module, compile_eager=compile_eager, run=run, every=every, strict=strict
+    )
+    for line in outcome.summary() if speaks(outcome) else ():
         print("foreshock:", line, file=sys.stderr)
+    if outcome.interrupted:
+        raise _Interrupted
     raise typer.Exit(outcome.code)
 
 
