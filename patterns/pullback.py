@@ -39,6 +39,7 @@ from foreshock.patterns.coordinates import (
     taken,
 )
 from foreshock.patterns.crossing import Step, caller, cut, inside, makes, outside
+from foreshock.patterns.exchanges import RULES as EXCHANGES
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.known import FIXED, Known
 from foreshock.patterns.ops import args, argument, op, shape
@@ -150,7 +151,7 @@ class Pull(Known):
             and "src" not in node.kwargs
         ):
             moved = c  # a number is stored in places
-        elif (rule := RULES.get(name) or SHARDED.get(name)) is not None:
+        elif (rule := RULES.get(name) or SHARDED.get(name) or EXCHANGES.get(name)) is not None:
             moved = rule(node, c)
         elif name in _CONVOLUTIONS and is_depthwise(node):
             moved = tuple(np.minimum(column, size - 1) for column, size in zip(c, shape(first) or (), strict=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,37 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import Job, check, trains_alike
 from merged import BROKEN, DYING, KERNEL_STEPS, STEPS
 
 from foreshock import open_run
 from foreshock.shards import LARGEST, is_literal, side_by_side, with_rank, without_rank, worst_ranks
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-# Rows are drawn anew in each call, so what is estimated from them is another estimate.
-ESTIMATES = ("entropy", "logit_max", "lse", "sink", "shadow")
 TOGETHER = ("tp", "ddp", "ddp, sampled", "ddp, plain", "sites", "stages", "idle", "probe", "broken", "late")
-
-
-class Job:
-    """A job of some ranks, run once."""
-
-    def __init__(self, out: Path, ranks: int, *names: str) -> None:
-        self.out = out
-        out.mkdir(exist_ok=True)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*torchrun, str(Path(__file__).with_name("merged.py")), str(out), *names]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.said = done.stderr
-
-    def series(self, name: str, rank: int = 0) -> Arrays:
-        with np.load(self.out / f"{name}.{rank}.npz") as found:
-            return dict(found)
-
-    def told(self, name: str, rank: int = 0) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.out / f"{name}.{rank}.json").read_text())
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -56,38 +30,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER)
 
 
-def same(one: Arrays, other: Arrays) -> None:
-    """Every series at the same steps with the same numbers: to 1e-6, of the laws (rounding) or of the largest; counts exact."""
-    assert set(one) == set(other)
-    for key, values in one.items():
-        name, _, what = key.rpartition("|")
-        metric = name.partition("|")[0]
-        if what == "steps":
-            assert np.array_equal(values, other[key]), key
-        elif metric == "optim/update_ratio":  # of all heads of a site together; of shards it is the mean
-            assert np.allclose(values, other[key], rtol=1e-2, atol=0), key
-        elif metric.startswith("law/bias") or any(part in metric for part in ESTIMATES):
-            assert values.shape == other[key].shape, key
-        else:
-            size = np.nanmax(np.abs(values), initial=0.0)
-            atol = 1e-6 if metric.startswith("law/") else 1e-6 * size
-            assert np.allclose(values, other[key], rtol=1e-6, atol=atol, equal_nan=True), key
-            if "load" in metric or metric.endswith("nonfinite"):
-                assert np.array_equal(values, other[key]), key
-
-
-def check(alone: Job, job: Job, name: str, ranks: int) -> None:
-    whole = {key: values for key, values in alone.series(name).items() if not key.startswith("parameter|")}
-    for rank in range(ranks):
-        mine = {key: values for key, values in job.series(name, rank).items() if not key.startswith("parameter|")}
-        same(whole, mine)
-        assert job.told(name, rank)["warnings"] == []
-        assert job.told(name, rank)["sites"] == job.told(name)["sites"]
-
-
 @pytest.mark.parametrize("name", ["ddp", "ddp, sampled", "tp"])
 def test_two_ranks_tell_what_one_process_tells_of_the_whole_batch(alone: Job, two: Job, name: str) -> None:
     check(alone, two, name, 2)
+    assert two.told(name, 0)["sites"] == two.told(name, 1)["sites"]
 
 
 def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two: Job) -> None:
@@ -100,10 +46,7 @@ def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two
 
 
 def test_training_is_not_changed(two: Job) -> None:
-    watched, plain = (two.series(name) for name in ("ddp", "ddp, plain"))
-    keys = [key for key in watched if key.startswith("parameter|")]
-    assert keys
-    assert all(np.array_equal(watched[key], plain[key]) for key in keys)
+    assert trains_alike(two.series("ddp"), two.series("ddp, plain"))
 
 
 def test_a_site_of_one_rank_is_known_on_all(two: Job) -> None:
@@ -183,10 +126,7 @@ def test_an_error_on_one_rank_is_not_held_up_by_the_others(tmp_path: Path) -> No
 def test_more_ranks_and_sharded_ones(alone: Job, tmp_path: Path, name: str, ranks: int) -> None:
     job = Job(tmp_path / "job", ranks, name, f"{name}, plain")
     check(alone, job, name, ranks)
-    watched, plain = job.series(name), job.series(f"{name}, plain")
-    keys = [key for key in watched if key.startswith("parameter|")]
-    assert keys
-    assert all(np.array_equal(watched[key], plain[key]) for key in keys)
+    assert trains_alike(job.series(name), job.series(f"{name}, plain"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+"""Models that ranks divide among themselves: `tests/divided.py` under torchrun, on gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from divided import CHOSEN, MICROBATCHES
+from jobs import Job, check, trains_alike
+from merged import BATCH, EXPERTS, HEADS, LENGTH, STEPS
+
+ALONE = ("gpipe", "experts", "swap")
+ALONE_TOO = ("experts, padded", "gather")
+TOGETHER = ("gpipe", "gpipe, plain", "gpipe, bare", "experts", "experts, plain", "swap", "swap, plain")
+TOGETHER_TOO = ("1f1b", "experts, padded", "gather")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("alone"), 1, *ALONE, script="divided.py")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER, script="divided.py")
+
+
+# -- pipeline parallel -------------------------------------------------------------------------------------------------
+
+
+def test_stages_tell_what_one_process_tells_of_the_whole_model(alone: Job, two: Job) -> None:
+    check(alone, two, "gpipe", 2)
+    for rank in (0, 1):
+        sites = two.told("gpipe", rank)["sites"]
+        stages = [["attention:layers.0", "attention:layers.1"], ["attention:layers.2", "router:layers.3"]]
+        assert list(sites) == stages[rank] + stages[1 - rank]
+        own, others = [sites[one] for one in stages[rank]], [sites[one] for one in stages[1 - rank]]
+        assert [one[:2] for one in own] == [[1 + MICROBATCHES * STEPS] * 2] * 2  # and one to learn the shapes
+        assert [one[:2] for one in others] == [[STEPS] * 2] * 2
+        assert all(notes[0].startswith(f"on other ranks: rank {1 - rank} (") for _, _, notes in others)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "experts", "swap"])
+def test_training_is_not_changed(two: Job, name: str) -> None:
+    for rank in (0, 1):
+        assert trains_alike(two.series(name, rank), two.series(f"{name}, plain", rank))
+
+
+def test_a_stage_without_a_site_holds_nobody_up(two: Job) -> None:
+    for rank in (0, 1):
+        told = two.told("gpipe, bare", rank)
+        assert (list(told["sites"]), told["warnings"], told["step"]) == (["attention:layers.0"], [], STEPS)
+        assert len(two.series("gpipe, bare", rank)["attention/q_rms|attention:layers.0|values"]) == STEPS
+
+
+# -- experts on several ranks ------------------------------------------------------------------------------------------
+
+
+def test_tokens_that_travel_to_their_experts_are_counted_exactly(alone: Job, two: Job) -> None:
+    check(alone, two, "experts", 2)
+    for rank in (0, 1):
+        assert list(two.told("experts", rank)["sites"]) == ["attention:layers.0", "router:layers.1.gate"]
+        load = two.series("experts", rank)["router/load|router:layers.1.gate|values"]
+        tokens = load * BATCH * LENGTH * CHOSEN / EXPERTS
+        assert np.allclose(tokens, tokens.round(), atol=1e-3)
+        assert np.allclose(load.sum(1), EXPERTS)
+
+
+# -- positions on several ranks ----------------------------------------------------------------------------------------
+
+
+def test_heads_that_were_swapped_for_positions_stand_side_by_side(alone: Job, two: Job) -> None:
+    check(alone, two, "swap", 2)
+    for rank in (0, 1):
+        sites = two.told("swap", rank)["sites"]
+        assert sites == {f"attention:layers.{at}": [STEPS, STEPS, []] for at in (0, 1)}
+        assert two.series("swap", rank)["attention/delta2_norm|attention:layers.0|values"].shape[1] == HEADS
+
+
+@pytest.mark.slow
+def test_other_schedules_and_ways_of_exchange(alone: Job, tmp_path: Path) -> None:
+    whole = Job(tmp_path / "alone", 1, *ALONE_TOO, script="divided.py")
+    job = Job(tmp_path / "two", 2, *TOGETHER_TOO, script="divided.py")
+    check(alone, job, "1f1b", 2, "gpipe")
+    check(whole, job, "experts, padded", 2)
+    # A rank's gradients of keys and values that all gathered are of its own queries alone.
+    check(whole, job, "gather", 2, but=("grad_k_norm", "grad_v_norm", "grad_absmax", "law/euler_gain", "law/key_gain"))
