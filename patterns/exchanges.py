@@ -36,24 +36,31 @@ def _wait(node: Node, c: Columns) -> Columns | None:
 
 
 def _swap(node: Node, c: Columns) -> Columns | None:
-    place, sizes = node.meta.get(_PLACE), shape(node)
-    if place is None or not sizes or shape(args(node)[0]) != sizes:
-        return None
-    rank, ranks = place
-    block = sizes[0] // ranks
+    place, block = node.meta.get(_PLACE), _block(node)
     splits = [number(size) for of in args(node)[1:3] for size in of or ()]
-    if any(size != block for size in splits) or not _is_one(np.asarray(c[0]) // max(1, block)):
+    if place is None or any(size != block for size in splits) or sender(node, c) is None:
         return None
-    return (rank * block + c[0] % block, *c[1:])
+    return (place[0] * block + c[0] % block, *c[1:])
 
 
 def _gather(node: Node, c: Columns) -> Columns | None:
-    block = (shape(args(node)[0]) or (0,))[0]
-    return (c[0] % block, *c[1:]) if block and _is_one(np.asarray(c[0]) // block) else None
+    return None if sender(node, c) is None else (c[0] % _block(node), *c[1:])
 
 
-def _is_one(blocks: Any) -> bool:
-    return np.unique(blocks).size == 1
+def sender(node: Node, c: Columns) -> int | None:
+    """The one rank from which the elements at ``c`` of an exchange come; None for several, and for what is no exchange."""
+    block = _block(node) if op(node) in _GROUP else 0
+    ranks = np.unique(np.asarray(c[0]) // block) if block else ()
+    return int(ranks[0]) if len(ranks) == 1 else None
+
+
+def _block(node: Node) -> int:
+    """The length, along the first axis, of what one rank sends; 0 where blocks are not known to be equal."""
+    whole, sent = shape(node) or (0,), shape(args(node)[0]) or (0,)
+    if op(node) == GATHER:
+        return sent[0]
+    place = node.meta.get(_PLACE)
+    return whole[0] // place[1] if place is not None and whole == sent else 0
 
 
 RULES: Mapping[str, Callable[[Node, Columns], Columns | None]] = {

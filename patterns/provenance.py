@@ -111,9 +111,12 @@ def _differ(view: GraphView, node: Node, axis: int, step: int) -> bool:
 def among_ranks(view: GraphView, origin: Origin, pieces: int) -> tuple[int, int] | None:
     """Of ``pieces`` heads that this rank has of those which ranks swapped for positions: the number of the first, and how many
     there are on all of them. None where none were swapped."""
+    while view.parent is not None:
+        view = view.parent
     for source, rank, ranks in swaps(origin.path):
         block = (shape(source) or (0,))[0] // ranks
-        if source.graph is view.graph and block and _differ(view, source, 0, block):
+        where = next((own for own in view.walk() if own.graph is source.graph), None)
+        if where is not None and block and _differ(where, source, 0, block):
             return rank * pieces, ranks * pieces
     return None
 

@@ -40,6 +40,7 @@ from foreshock.patterns.coordinates import (
 )
 from foreshock.patterns.crossing import Step, caller, cut, inside, makes, outside
 from foreshock.patterns.exchanges import RULES as EXCHANGES
+from foreshock.patterns.exchanges import sender
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.known import FIXED, Known
 from foreshock.patterns.ops import args, argument, op, shape
@@ -170,6 +171,9 @@ class Pull(Known):
             return each(self._read(view, first, node, moved, grid), lambda trail: replace(trail, bent=True))
         if name in _NORMS or name == "_weight_norm":
             return self._normed(view, node, name, c, grid)
+        rank = sender(node, c)
+        if rank is not None:
+            return each(self._read(view, first, node, moved, grid), lambda trail: replace(trail, rank=rank))
         return view, first, node, moved
 
     def _agreed(

@@ -19,7 +19,15 @@ from torch.distributed._functional_collectives import (
     all_to_all_single,
     all_to_all_single_autograd,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn import functional
 
 from foreshock import Watch
@@ -201,9 +209,43 @@ def context(out: Path, name: str) -> None:
     write(out, name, watch, model)
 
 
+class Normed(Attention):
+    """With a norm in front, of whose tokens ranks have some (sequence parallel)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).unflatten(-1, (-1, D // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return x + self.out(functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def sequence(out: Path, name: str) -> None:
+    """Tensor parallel in attention, and between attentions each rank has some of the positions."""
+    torch.manual_seed(0)
+    model = Stack(Normed(), Normed())
+    if WORLD > 1:
+        mesh, own = init_device_mesh("cpu", (WORLD,)), Shard(1)
+        plan = {"norm": SequenceParallel(), "out": RowwiseParallel(output_layouts=own)}
+        for layer in model.layers:
+            parallelize_module(layer, mesh, plan | dict.fromkeys("qkv", ColwiseParallel(input_layouts=own)))
+    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True) as watch:
+        run = torch.compile(model, backend=watch.backend)
+        optimizer, generator = torch.optim.SGD(model.parameters(), lr=1.0), torch.Generator().manual_seed(1)
+        for _ in range(STEPS):
+            x = torch.randn(BATCH, LENGTH, D, generator=generator).chunk(WORLD, 1)[RANK]
+            (run(x).square().sum() / (BATCH * LENGTH * D)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    write(out, name, watch)
+
+
 SCENARIOS: dict[str, Callable[[Path, str], None]] = {
     **dict.fromkeys(("experts", "experts, padded", "experts, plain"), experts),
     **dict.fromkeys(("swap", "swap, plain", "gather"), context),
+    "sequence": sequence,
 }
 
 

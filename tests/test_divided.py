@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from divided import CHOSEN, MICROBATCHES
 from jobs import Job, check, trains_alike
-from merged import BATCH, EXPERTS, HEADS, LENGTH, STEPS
+from merged import BATCH, HEADS, LENGTH, STEPS
 
 ALONE = ("gpipe", "experts", "swap")
-ALONE_TOO = ("experts, padded", "gather")
+ALONE_TOO = ("experts, padded", "gather", "sequence")
 TOGETHER = ("gpipe", "gpipe, plain", "gpipe, bare", "experts", "experts, plain", "swap", "swap, plain")
-TOGETHER_TOO = ("1f1b", "experts, padded", "gather")
+TOGETHER_TOO = ("1f1b", "experts, padded", "gather", "sequence")
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +66,9 @@ def test_tokens_that_travel_to_their_experts_are_counted_exactly(alone: Job, two
     for rank in (0, 1):
         assert list(two.told("experts", rank)["sites"]) == ["attention:layers.0", "router:layers.1.gate"]
         load = two.series("experts", rank)["router/load|router:layers.1.gate|values"]
-        tokens = load * BATCH * LENGTH * CHOSEN / EXPERTS
+        tokens = load * BATCH * LENGTH * CHOSEN
         assert np.allclose(tokens, tokens.round(), atol=1e-3)
-        assert np.allclose(load.sum(1), EXPERTS)
+        assert np.array_equal(tokens.round().sum(1), np.full(STEPS, BATCH * LENGTH * CHOSEN))
 
 
 # -- positions on several ranks ----------------------------------------------------------------------------------------
@@ -84,5 +88,24 @@ def test_other_schedules_and_ways_of_exchange(alone: Job, tmp_path: Path) -> Non
     job = Job(tmp_path / "two", 2, *TOGETHER_TOO, script="divided.py")
     check(alone, job, "1f1b", 2, "gpipe")
     check(whole, job, "experts, padded", 2)
+    check(
+        whole, job, "sequence", 2, but=("optim/grad_norm",)
+    )  # that of the norm's weight is a sum on its way (`Partial`)
     # A rank's gradients of keys and values that all gathered are of its own queries alone.
     check(whole, job, "gather", 2, but=("grad_k_norm", "grad_v_norm", "grad_absmax", "law/euler_gain", "law/key_gain"))
+
+
+# -- the examples of docs/pipeline.md, docs/expert_parallel.md and docs/context_parallel.md --------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "lines"), [("pipeline", 5), ("expert_parallel", 2), ("context_parallel", 2)])
+def test_examples_print_what_their_pages_show(name: str, lines: int) -> None:
+    root = Path(__file__).parents[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command, one_thread = [*torchrun, str(root / f"examples/{name}.py")], os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    said = [line.replace(socket.gethostname(), "host") for line in ended.stdout.splitlines()]
+    page = (root / f"docs/{name}.md").read_text()
+    assert sum(line in page for line in said) >= lines
