@@ -20,6 +20,7 @@ from torch.distributed._functional_collectives import (
     all_to_all_single_autograd,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import (
@@ -242,10 +243,43 @@ def sequence(out: Path, name: str) -> None:
     write(out, name, watch)
 
 
+def from_zero(out: Path, name: str) -> None:
+    """Two stages that count their layers from zero, trained each by itself, whose weights the ranks of a stage share:
+    ``zero, fsdp`` and ``zero, tp``; ``..., apart``: not merged. ``replicas, tp``: no stages, but copies of one model."""
+    mesh = init_device_mesh("cpu", (2, WORLD // 2), mesh_dim_names=("stages", "parts"))
+    stage, parts = RANK // (WORLD // 2), mesh["parts"]
+    torch.manual_seed(stage if "zero" in name else 0)
+    model = Stack(Attention(), Attention())
+    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True, merge="apart" not in name) as watch:
+        for layer in model.layers:
+            if "tp" in name:
+                plan = {**dict.fromkeys("qkv", ColwiseParallel()), "out": RowwiseParallel()}
+                parallelize_module(layer, parts, plan)
+            else:
+                layer.compile(backend=watch.backend)
+                fully_shard(layer, mesh=parts)
+        if "tp" in name:
+            model.compile(backend=watch.backend)
+        else:
+            fully_shard(model, mesh=parts)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        generator = torch.Generator().manual_seed(stage)
+        for _ in range(STEPS):
+            model(torch.randn(BATCH, LENGTH, D, generator=generator)).square().mean().backward()
+            for parameter in model.parameters() if "replicas" in name else ():
+                distributed.all_reduce(parameter.grad.to_local(), group=mesh["stages"].get_group())
+                parameter.grad /= 2
+            optimizer.step()
+            optimizer.zero_grad()
+    write(out, name, watch)
+
+
 SCENARIOS: dict[str, Callable[[Path, str], None]] = {
     **dict.fromkeys(("experts", "experts, padded", "experts, plain"), experts),
     **dict.fromkeys(("swap", "swap, plain", "gather"), context),
     "sequence": sequence,
+    **dict.fromkeys(("zero, fsdp", "zero, tp", "zero, fsdp, apart", "replicas, tp"), from_zero),
+    **dict.fromkeys(("gpipe", "gpipe, plain", "gpipe, bare", "1f1b"), pipeline),
 }
 
 
@@ -255,7 +289,7 @@ def main(out: Path, names: list[str]) -> None:
         distributed.init_process_group("gloo")
     for name in names:
         torch._dynamo.reset()
-        SCENARIOS.get(name, pipeline)(out, name)
+        SCENARIOS[name](out, name)
     if WORLD > 1:
         distributed.barrier()
         distributed.destroy_process_group()

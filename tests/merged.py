@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import foreshock.ranks
 from foreshock import Watch
 from foreshock.demo import kernel
+from foreshock.monitors import Finding
 from foreshock.records import Probe
 
 D, HEADS, EXPERTS, BATCH, LENGTH, STEPS = 32, 4, 4, 8, 16, 8
@@ -230,7 +231,75 @@ def broken(out: Path, name: str) -> None:
     write(out, name, watch, called=called)
 
 
+class Heard:
+    """A sink that keeps the steps of which it heard."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def readings(self, step: int, readings: Any) -> None:
+        self.steps.append(step)
+
+    def alarm(self, alarm: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def without_gloo(out: Path, name: str) -> None:
+    """The watch cannot make a group of its own."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("gloo is not built in")
+
+    made, distributed.new_group = distributed.new_group, refuse
+    torch.manual_seed(0)
+    model, heard = Stack(Attention()), Heard()
+    with Watch(out / "alone", every=1, inner="aot_eager", windows=(2,), sinks=[heard]) as watch:
+        run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+        for _ in range(STEPS):
+            run(next(batch)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    distributed.new_group = made
+    write(out, name, watch, heard=heard.steps)
+
+
+class Finds:
+    """Finds something at step `DYING`, on every rank, or for itself on rank 1 alone."""
+
+    def __init__(self, everywhere: bool) -> None:
+        self.everywhere = everywhere
+
+    def update(self, step: int, readings: Any, sites: Any) -> list[Finding]:
+        if step != DYING or not (self.everywhere or RANK == 1):
+            return []
+        return [Finding(step, step, next(iter(sites)), "attention/nonfinite", float("nan"), "none", +1, 10.0, 0)]
+
+
+def turned(out: Path, name: str) -> None:
+    """Each rank watches for itself, and after a resume they are one run: ``joined``; the other way round: ``parted``."""
+    torch.manual_seed(0)
+    model, state = Stack(Attention()), None
+    optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+    for merge in (name == "parted", name == "joined"):
+        torch._dynamo.reset()
+        finds = [Finds(merge)] if state is None else []
+        with Watch(every=1, inner="aot_eager", windows=(2, 4), merge=merge, detectors=finds) as watch:
+            if state is not None:
+                watch.load_state_dict(state)
+            run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+            for _ in range(STEPS):
+                run(next(batch)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            state = watch.state_dict()
+    write(out, name, watch)
+
+
 SCENARIOS = {
+    "no gloo": without_gloo,
+    **dict.fromkeys(("joined", "parted"), turned),
     "broken": broken,
     "failing": failing,
     "tp": tensor_parallel,

@@ -17,6 +17,7 @@ from merged import BATCH, HEADS, LENGTH, STEPS
 ALONE = ("gpipe", "experts", "swap")
 ALONE_TOO = ("experts, padded", "gather", "sequence")
 TOGETHER = ("gpipe", "gpipe, plain", "gpipe, bare", "experts", "experts, plain", "swap", "swap, plain")
+FROM_ZERO = ("zero, fsdp", "zero, fsdp, apart")
 TOGETHER_TOO = ("1f1b", "experts, padded", "gather", "sequence")
 
 
@@ -27,7 +28,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER, script="divided.py")
+    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER, *FROM_ZERO, script="divided.py")
 
 
 # -- pipeline parallel -------------------------------------------------------------------------------------------------
@@ -56,6 +57,38 @@ def test_a_stage_without_a_site_holds_nobody_up(two: Job) -> None:
         told = two.told("gpipe, bare", rank)
         assert (list(told["sites"]), told["warnings"], told["step"]) == (["attention:layers.0"], [], STEPS)
         assert len(two.series("gpipe, bare", rank)["attention/q_rms|attention:layers.0|values"]) == STEPS
+
+
+def test_sharded_stages_that_count_from_zero_are_kept_apart(two: Job) -> None:
+    """Each site is told as the stage tells it that was not merged."""
+    for rank in (0, 1):
+        assert set(two.told("zero, fsdp", rank)["sites"]) == names(1)
+        assert two.told("zero, fsdp", rank)["warnings"] == []
+        told = two.series("zero, fsdp", rank)
+        for stage, at in ((0, ""), (1, "@1")):
+            for key, values in two.series("zero, fsdp, apart", stage).items():
+                metric, site, what = key.split("|")
+                if site != "None" and not metric.startswith("law/bias"):
+                    assert np.allclose(told[f"{metric}|{site}{at}|{what}"], values, rtol=1e-6, equal_nan=True), key
+
+
+def names(second: int) -> set[str]:
+    """Of the sites of two stages, of which ``second`` is the first rank of the second."""
+    return {f"attention:layers.{layer}{at}" for layer in (0, 1) for at in ("", f"@{second}")}
+
+
+@pytest.mark.slow
+def test_what_ranks_share_tells_stages_from_copies(tmp_path: Path) -> None:
+    job = Job(tmp_path / "four", 4, "zero, fsdp", "zero, tp", "replicas, tp", script="divided.py")
+    for rank in range(4):
+        for name in ("zero, fsdp", "zero, tp"):
+            assert set(job.told(name, rank)["sites"]) == names(2)
+            series = job.series(name, rank)
+            first, second = (series[f"attention/q_rms|attention:layers.0{at}|values"] for at in ("", "@2"))
+            assert first.shape == second.shape == (STEPS, HEADS)
+            assert not np.allclose(first, second)
+        assert set(job.told("replicas, tp", rank)["sites"]) == {"attention:layers.0", "attention:layers.1"}
+        assert job.series("replicas, tp", rank)["attention/q_rms|attention:layers.0|values"].shape == (STEPS, HEADS)
 
 
 # -- experts on several ranks ------------------------------------------------------------------------------------------

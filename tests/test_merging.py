@@ -15,9 +15,11 @@ from jobs import Job, check, trains_alike
 from merged import BROKEN, DYING, KERNEL_STEPS, STEPS
 
 from foreshock import open_run
+from foreshock.ranks import ALONE
 from foreshock.shards import LARGEST, is_literal, side_by_side, with_rank, without_rank, worst_ranks
 
 TOGETHER = ("tp", "ddp", "ddp, sampled", "ddp, plain", "sites", "stages", "idle", "probe", "broken", "late")
+TURNED = ("no gloo", "joined", "parted")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER)
+    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER, *TURNED)
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp, sampled", "tp"])
@@ -93,6 +95,45 @@ def test_an_alarm_names_the_rank_and_comes_to_all_at_one_step(two: Job) -> None:
     with open_run(two.out / "run") as run:  # rank 0 wrote for both
         assert [a.to_json() for a in run.alarms] == first["alarms"]
         assert run.steps.tolist() == list(range(KERNEL_STEPS))
+
+
+def test_without_a_group_each_rank_watches_for_itself(two: Job) -> None:
+    for rank in (0, 1):
+        told = two.told("no gloo", rank)
+        (warning,) = told["warnings"]
+        assert warning == f"{ALONE}: RuntimeError: gloo is not built in"
+        assert sorted(set(told["heard"])) == list(range(STEPS))
+        with open_run(two.out / "alone" / f"rank{rank}") as run:
+            assert run.steps.tolist() == list(range(STEPS))
+            assert np.array_equal(run.series("attention/delta2_norm")[0], np.arange(2, STEPS, 2))
+    assert not (two.out / "alone" / "run.sqlite").exists()
+    first, second = (two.series("no gloo", rank)["attention/q_rms|attention:layers.0|values"] for rank in (0, 1))
+    assert len(first) == len(second) == STEPS
+    assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("joined", "of what each rank heard for itself, and now they are one run"),
+        ("parted", "of one run, and now each is for itself"),
+    ],
+)
+def test_a_state_of_ranks_that_were_watched_otherwise_loses_no_more_than_it_must(
+    two: Job, name: str, told: str
+) -> None:
+    for rank in (0, 1):
+        found, series = two.told(name, rank), two.series(name, rank)
+        (line,) = found["warnings"]
+        assert line.startswith(
+            f"resuming at step {STEPS}: saved by 2 ranks, now 2; the state is {told}: detectors begin anew"
+        )
+        assert found["step"] == 2 * STEPS
+        assert [alarm["step"] for alarm in found["alarms"]] == ([DYING] if name == "parted" or rank == 1 else [])
+        merged = found["flushes"] is not None
+        assert merged is (name == "joined")
+        assert series["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(STEPS, 2 * STEPS))
+        assert series["attention/delta2_norm|attention:layers.0|steps"].tolist() == list(range(STEPS, 2 * STEPS, 2))
 
 
 def test_a_rank_that_is_late_is_given_up_and_training_goes_on(two: Job) -> None:

@@ -177,14 +177,19 @@ class Merging:
         steps."""
         found = []
         for status in own:
-            shards = self._layout.shards.get(self._sites.get(status.site.id, (status.site.id, 0))[0])
-            found.append(replace(status, site=joined([status.site], shards[0].whole)) if shards else status)
+            site = self.called(status.site)
+            shards = self._layout.shards.get(site.id)
+            found.append(replace(status, site=joined([site], shards[0].whole)) if shards else status)
         here = {name for name, _ in self._own.values()}
         for name, shards in self._layout.shards.items():
             if name not in here:
                 ranks = sorted({rank for shard in shards for rank in shard.holders})
                 found.append(shards[0].instance.status((f"on other ranks: {named(ranks, self._hosts)}",)))
         return tuple(found)
+
+    def called(self, site: Site) -> Site:
+        """A site of this rank under the id that it has in the run."""
+        return replace(site, id=self._sites.get(site.id, (site.id, 0))[0])
 
     def named(self, rank: int) -> str:
         """A rank and the machine it is on."""

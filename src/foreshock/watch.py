@@ -209,7 +209,8 @@ class Watch:
     @property
     def sites(self) -> list[Site]:
         """Every site that ran, one for each distinct weight set."""
-        return [instance.site for instance in self.instances]
+        merging = self.collector.merging
+        return [i.site if merging is None else merging.called(i.site) for i in self.instances]
 
     @property
     def alarms(self) -> list[Alarm]:
