@@ -243,6 +243,31 @@ def sequence(out: Path, name: str) -> None:
     write(out, name, watch)
 
 
+def sharded_parts(out: Path, name: str) -> None:
+    """FSDP2 around tensor parallelism, which the norms take no part in."""
+    torch.manual_seed(0)
+    model, share = Stack(Normed(), Normed()), slice(None)
+    if WORLD > 1:
+        mesh = init_device_mesh("cpu", (WORLD // 2, 2), mesh_dim_names=("dp", "tp"))
+        share = slice(RANK // 2, None, WORLD // 2)
+        plan = {**dict.fromkeys("qkv", ColwiseParallel()), "out": RowwiseParallel()}
+        for layer in model.layers:
+            parallelize_module(layer, mesh["tp"], plan)
+    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True).bind(model) as watch:
+        for layer in model.layers:
+            layer.compile(backend=watch.backend)
+            if WORLD > 1:
+                fully_shard(layer, mesh=mesh["dp"])
+        if WORLD > 1:
+            fully_shard(model, mesh=mesh["dp"])
+        optimizer, generator = torch.optim.SGD(model.parameters(), lr=1.0), torch.Generator().manual_seed(1)
+        for _ in range(STEPS):
+            model(torch.randn(BATCH, LENGTH, D, generator=generator)[share]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    write(out, name, watch)
+
+
 def from_zero(out: Path, name: str) -> None:
     """Two stages that count their layers from zero, trained each by itself, whose weights the ranks of a stage share:
     ``zero, fsdp`` and ``zero, tp``; ``..., apart``: not merged. ``replicas, tp``: no stages, but copies of one model."""
@@ -278,6 +303,7 @@ SCENARIOS: dict[str, Callable[[Path, str], None]] = {
     **dict.fromkeys(("experts", "experts, padded", "experts, plain"), experts),
     **dict.fromkeys(("swap", "swap, plain", "gather"), context),
     "sequence": sequence,
+    "fsdp and tp": sharded_parts,
     **dict.fromkeys(("zero, fsdp", "zero, tp", "zero, fsdp, apart", "replicas, tp"), from_zero),
     **dict.fromkeys(("gpipe", "gpipe, plain", "gpipe, bare", "1f1b"), pipeline),
 }

@@ -297,7 +297,32 @@ def turned(out: Path, name: str) -> None:
     write(out, name, watch)
 
 
+def paced(out: Path, name: str) -> None:
+    """Ranks go on from the state of a single process whose budget had made its samples four times rarer."""
+    torch.manual_seed(0)
+    model, state = Stack(Attention()), None
+    optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+    for _ in range(2):
+        torch._dynamo.reset()
+        with Watch(every=1, budget=0.5, inner="aot_eager", windows=(2,)) as watch:
+            if state is not None:
+                watch.load_state_dict(state)
+            run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+            for _ in range(STEPS):
+                run(next(batch)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            (shared,), ((own,),) = (
+                watch.state_dict()["shared"],
+                [x for key, x in watch.state_dict().items() if "rank" in key],
+            )
+        state = {"shared": ({**shared, "ranks": 1},), "rank0": (own,)}
+        own["parts"]["pace"] = dict.fromkeys(own["parts"]["pace"], 4)
+    write(out, name, watch)
+
+
 SCENARIOS = {
+    "paced": paced,
     "no gloo": without_gloo,
     **dict.fromkeys(("joined", "parted"), turned),
     "broken": broken,

@@ -78,6 +78,15 @@ def names(second: int) -> set[str]:
 
 
 @pytest.mark.slow
+def test_each_parameter_counts_once_in_the_norm_of_fsdp_and_tensor_parallel_gradients(tmp_path: Path) -> None:
+    whole = Job(tmp_path / "alone", 1, "fsdp and tp", script="divided.py").series("fsdp and tp")
+    job = Job(tmp_path / "four", 4, "fsdp and tp", script="divided.py")
+    for rank in range(4):
+        for key in ("optim/grad_norm|None|values", "attention/q_rms|attention:layers.1|values"):
+            assert np.allclose(job.series("fsdp and tp", rank)[key], whole[key], rtol=1e-6, atol=0), key
+
+
+@pytest.mark.slow
 def test_what_ranks_share_tells_stages_from_copies(tmp_path: Path) -> None:
     job = Job(tmp_path / "four", 4, "zero, fsdp", "zero, tp", "replicas, tp", script="divided.py")
     for rank in range(4):

@@ -19,7 +19,7 @@ from foreshock.ranks import ALONE
 from foreshock.shards import LARGEST, is_literal, side_by_side, with_rank, without_rank, worst_ranks
 
 TOGETHER = ("tp", "ddp", "ddp, sampled", "ddp, plain", "sites", "stages", "idle", "probe", "broken", "late")
-TURNED = ("no gloo", "joined", "parted")
+TURNED = ("no gloo", "joined", "parted", "paced")
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,14 @@ def test_a_state_of_ranks_that_were_watched_otherwise_loses_no_more_than_it_must
         assert merged is (name == "joined")
         assert series["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(STEPS, 2 * STEPS))
         assert series["attention/delta2_norm|attention:layers.0|steps"].tolist() == list(range(STEPS, 2 * STEPS, 2))
+
+
+def test_a_budget_goes_on_alike_on_ranks_that_have_no_state_of_their_own(two: Job) -> None:
+    for rank in (0, 1):
+        (line,) = [line for line in two.told("paced", rank)["warnings"] if "budget" not in line]
+        assert line.startswith(f"resuming at step {STEPS}: saved by 1 rank, now 2; ")
+        steps = two.series("paced", rank)["attention/q_rms|attention:layers.0|steps"]
+        assert steps.tolist() == list(range(STEPS, 2 * STEPS, 4))
 
 
 def test_a_rank_that_is_late_is_given_up_and_training_goes_on(two: Job) -> None:

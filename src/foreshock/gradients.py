@@ -94,14 +94,21 @@ def _print(parameter: Tensor) -> str:
 
 
 def squares(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Of each gradient that ranks have parts of (DTensor), this rank's share of the square of its norm, on its device."""
+    """Of each gradient that ranks have parts of (DTensor), this rank's share of the square of its norm, on its device.
+
+    A gradient is the same along a mesh's dimension where it is replicated, and on ranks of a larger mesh of others that its own
+    has no dimension for: under FSDP2 and tensor parallelism, what is not tensor parallel is on the mesh of FSDP2 alone.
+    """
     from torch.distributed.tensor import DTensor
 
+    parts = [x for x in gradients if isinstance(x, DTensor)]
+    meshes = {mesh: frozenset(mesh.mesh.flatten().tolist()) for mesh in {x.device_mesh for x in parts}}
+    around = {mesh: max(len(other) for other in meshes.values() if own <= other) for mesh, own in meshes.items()}
     found = []
-    for x in gradients:
-        if isinstance(x, DTensor):
-            copies = [size for size, at in zip(x.device_mesh.shape, x.placements, strict=True) if at.is_replicate()]
-            found.append(x.to_local().float().square().sum() / int(np.prod(copies)))
+    for x in parts:
+        replicas = [size for size, at in zip(x.device_mesh.shape, x.placements, strict=True) if at.is_replicate()]
+        copies = int(np.prod(replicas)) * around[x.device_mesh] // len(meshes[x.device_mesh])
+        found.append(x.to_local().float().square().sum() / copies)
     return found
 
 
