@@ -32,6 +32,7 @@ D, HEADS, EXPERTS, BATCH, LENGTH, STEPS = 32, 4, 4, 8, 16, 8
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
 KERNEL_STEPS, BROKEN, DYING = 12, 6, 3
+ASTRAY_STEPS, ASTRAY, ASTRAY_EVERY = 480, 400, 10
 
 
 class Attention(nn.Module):
@@ -321,7 +322,27 @@ def paced(out: Path, name: str) -> None:
     write(out, name, watch)
 
 
+def astray(out: Path, name: str) -> None:
+    """From a step on the inputs of one rank are far too large, or those of all ranks: ``astray``; ``astray, all``."""
+    torch.manual_seed(0)
+    model = Stack(Attention(), Attention())
+    with Watch(every=ASTRAY_EVERY, inner="aot_eager", strict=True) as watch:
+        run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-3), batches()
+        for step in range(ASTRAY_STEPS):
+            x = next(batch)
+            if step >= ASTRAY and ("all" in name or RANK == 2):
+                x = 3 * x
+            loss = (run(x) - x).square().mean()
+            watch.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    write(out, name, watch)
+
+
 SCENARIOS = {
+    **dict.fromkeys(("astray", "astray, all"), astray),
     "paced": paced,
     "no gloo": without_gloo,
     **dict.fromkeys(("joined", "parted"), turned),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from jobs import Job, check, trains_alike
-from merged import BROKEN, DYING, KERNEL_STEPS, STEPS
+from merged import ASTRAY, BROKEN, DYING, KERNEL_STEPS, STEPS
 
 from foreshock import open_run
 from foreshock.ranks import ALONE
@@ -176,6 +176,19 @@ def test_more_ranks_and_sharded_ones(alone: Job, tmp_path: Path, name: str, rank
     job = Job(tmp_path / "job", ranks, name, f"{name}, plain")
     check(alone, job, name, ranks)
     assert trains_alike(job.series(name), job.series(f"{name}, plain"))
+
+
+@pytest.mark.slow
+def test_an_alarm_names_the_rank_that_alone_stands_apart(tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", 4, "astray", "astray, all")
+    for rank in range(4):
+        one, every = job.told("astray", rank)["alarms"], job.told("astray, all", rank)["alarms"]
+        assert one
+        assert every
+        assert all(alarm["step"] >= ASTRAY for alarm in (*one, *every))
+        assert {tuple(alarm["ranks"]) for alarm in one} == {(2,)}
+        assert all(alarm["message"].endswith(" alone stands apart.") for alarm in one)
+        assert {tuple(alarm["ranks"]) for alarm in every} == {()}
 
 
 @pytest.mark.slow

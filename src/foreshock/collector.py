@@ -19,7 +19,7 @@ from foreshock.merging import Merging
 from foreshock.monitors.metrics import family
 from foreshock.records import Alarm, Array, Coverage, Reading, Site
 from foreshock.runtime import Merged, Sample, merged
-from foreshock.shards import Local, Loose, placed
+from foreshock.shards import Local, Loose
 
 # A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
 MOST_SAMPLES = 20_000
@@ -361,7 +361,7 @@ class Collector:
     ) -> None:
         heard, self._unjudged = [*readings, *self._unjudged.values()], {}
         raised: list[Alarm] = self._charged("judging", self.judge.update, step, heard, sites) or []
-        raised = [alarm if self.merging is None else placed(alarm, ranks, self.merging.named) for alarm in raised]
+        raised = [alarm if self.merging is None else self.merging.placed(alarm, ranks) for alarm in raised]
         for sink in self.sinks:
             self._charged(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from torch import distributed
 
+from foreshock.apart import LOSS, OF_LOSS, OWN, Apart, folded, trends_of
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.exchange import device_of, exchange, named
 from foreshock.gradients import SHARDS, WHOLE, copies
 from foreshock.instances import Instance
-from foreshock.records import Array, Probe, Reading, Site, SiteStatus
+from foreshock.records import Alarm, Array, Probe, Reading, Site, SiteStatus
 from foreshock.runtime import Merged as Sums
 from foreshock.shards import (
     LARGEST,
@@ -46,6 +47,7 @@ from foreshock.shards import (
     is_literal,
     is_told,
     joined,
+    placed,
     put,
     scale,
     side_by_side,
@@ -78,6 +80,7 @@ class Merging:
         self._parameters = 0  # of which this rank has the gradients whole
         self._copies = np.ones(0)  # of each, how many ranks have it
         self.timeout = timeout
+        self.apart = Apart()
         self._layout = Layout({}, {})
         self._own: dict[Instance, tuple[str, int]] = {}  # where this rank's sites stand in the layout
         self._sites: dict[str | None, tuple[str, int]] = {}  # the same, by the id that they have here
@@ -144,10 +147,17 @@ class Merging:
                 put(sums, self._layout.sums.get((*place, *name)), values)
                 put(largest, self._layout.largest.get((*place, *name)), np.where(np.isnan(values), LARGEST, values))
             for told, values in worst[instance].items():
+                if told == OWN:
+                    added, values = self.apart.tell(place, values)
+                    put(sums, self._layout.sums.get((*place, told)), added)
                 put(largest, self._layout.largest.get((*place, told)), with_rank(values, self.rank))
         for (metric_, site, age), values in loose.items():
             known, number = self._sites.get(site, (site, 0))
             put(sums, self._layout.sums.get((metric_, known, age, number)), np.array([1.0, *values]))
+            if metric_ == LOSS:
+                added, far = self.apart.tell((None, 0), np.array([folded(OF_LOSS, values)]))
+                put(sums, self._layout.sums.get((OWN, metric_, known, age, number)), added)
+                put(largest, self._layout.largest.get((OWN, metric_, known, age, number)), with_rank(far, self.rank))
 
     def receive(self) -> Whole:
         """Wait for the flush that was launched. Raises what the group raises when a rank is gone or late."""
@@ -191,15 +201,18 @@ class Merging:
         """A site of this rank under the id that it has in the run."""
         return replace(site, id=self._sites.get(site.id, (site.id, 0))[0])
 
-    def named(self, rank: int) -> str:
-        """A rank and the machine it is on."""
-        return named([rank], self._hosts)
+    def placed(self, alarm: Alarm, ranks: Mapping[tuple[str, str | None], Array]) -> Alarm:
+        """The alarm with its rank, in words too; ``ranks``: as `Whole` has them."""
+        return placed(alarm, ranks, lambda rank: named([rank], self._hosts), self.apart.rank)
 
     # -- what this rank has ------------------------------------------------------------------------------------------
 
     def _worst(self, instance: Instance, sums: Mapping[tuple[str, str], Array]) -> dict[str, Array]:
-        """Of this rank alone, what is told of the worst one."""
-        return {r.metric: r.values for r in self._finish(instance, sums) if is_told(r.metric)}
+        """Of this rank alone, what is told of the worst one, and the readings that may stand apart."""
+        found = {r.metric: r.values for r in self._finish(instance, sums)}
+        told = {metric_: values for metric_, values in found.items() if is_told(metric_)}
+        judged = [folded(trend, found[trend.metric]) for trend in trends_of(found)]
+        return told | {OWN: np.array(judged)} if judged else told
 
     def _once(self, loose: Mapping[Loose, Array]) -> dict[Loose, Array]:
         """``loose`` with the squares of all gradients as one number, to which each rank adds its share of those it has whole."""
@@ -336,6 +349,10 @@ class Merging:
         ages: dict[int, list[Reading]] = {0: readings}
         loose: dict[Loose, list[tuple[int, dict[str, Array]]]] = {}
         for metric_, site, age, number in self._layout.loose:
+            if metric_ == LOSS:
+                key = OWN, metric_, site, age, number
+                added, far = sums[self._layout.sums[key]], without_rank(largest[self._layout.largest[key]])
+                self.apart.hear((None, 0), [LOSS], added, *far)
             many, *values = sums[self._layout.sums[metric_, site, age, number]]
             if many:
                 known = self._layout.shards.get(site or "")
@@ -359,6 +376,10 @@ class Merging:
         worst = {}
         for metric_, _ in shard.told:
             values, ranks = without_rank(largest[self._layout.largest[name, number, metric_]])
+            if metric_ == OWN:
+                metrics = [trend.metric for trend in trends_of(found)]
+                self.apart.hear((name, number), metrics, sums[self._layout.sums[name, number, metric_]], values, ranks)
+                continue
             worst[metric_] = values, ranks
             if metric_.startswith("law/"):
                 found[metric_] = values

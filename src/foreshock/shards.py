@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from foreshock import _torch
+from foreshock.apart import LOSS, OWN
 from foreshock.errors import ForeshockError
 from foreshock.instances import Instance
 from foreshock.monitors.metrics import metric
@@ -84,9 +85,13 @@ class Layout:
                         self.sums[site, number, probe, name] = slice(at, at := at + size)
                 for name, size in shard.told:
                     self.largest[site, number, name] = slice(top, top := top + size)
+                    if name == OWN:
+                        self.sums[site, number, name] = slice(at, at := at + 3 * size)
                 self.sums[site, number] = slice(at, at := at + 1)  # ranks that sampled it
         for key in sorted(self.loose, key=repr):
             self.sums[key] = slice(at, at := at + 1 + self.loose[key])
+            if key[0] == LOSS:
+                self.sums[OWN, *key], self.largest[OWN, *key] = slice(at, at := at + 3), slice(top, top := top + 1)
         self.sizes = at, top
 
 
@@ -240,13 +245,21 @@ def families(told: Iterable[tuple[str | None, int, Sequence[int]]], spans: Seque
     return sorted(sorted(ranks) for _, ranks in found)
 
 
-def placed(alarm: Alarm, ranks: Mapping[tuple[str, str | None], Array], named: Callable[[int], str]) -> Alarm:
-    """The alarm with the rank on which its number was the worst, where that is known."""
+def placed(
+    alarm: Alarm,
+    ranks: Mapping[tuple[str, str | None], Array],
+    named: Callable[[int], str],
+    apart: Callable[[str, str | None], int | None],
+) -> Alarm:
+    """The alarm with the rank where its number was the worst, or whose own readings alone stand ``apart``, if that is known."""
     at = ranks.get((alarm.metric, alarm.site))
     part = next((x for x in (alarm.head, alarm.expert) if x is not None), 0)
-    rank = -1 if at is None else int(at[min(part, len(at) - 1)])
-    if rank < 0:
+    rank: int | None = -1 if at is None else int(at[min(part, len(at) - 1)])
+    where = "worst on {}"
+    if rank == -1:
+        rank, where = apart(alarm.metric, alarm.site), "{} alone stands apart"
+    if rank is None:
         return alarm
-    where = f"worst on {named(rank)}"
-    message = f"{alarm.message} {where.capitalize()}."
-    return replace(alarm, ranks=(rank,), evidence=(*alarm.evidence, where), message=message)
+    told = where.format(named(rank))
+    message = f"{alarm.message} {told[0].upper()}{told[1:]}."
+    return replace(alarm, ranks=(rank,), evidence=(*alarm.evidence, told), message=message)
