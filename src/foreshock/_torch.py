@@ -138,7 +138,8 @@ def _class_name(module: torch.nn.Module) -> str:
 
 class Gathered(NamedTuple):
     """A parameter that FSDP2 makes whole for a call. ``name`` is its path from the outermost module that `fully_shard` was given,
-    "" before the first forward pass; ``rank`` of ``ranks`` is this process's place among those that hold it between them."""
+    "" before the first forward pass; ``rank`` of ``ranks`` is this process's place among those that hold it between them; ``mesh``:
+    all ranks that it is laid out over, also by tensor parallelism."""
 
     whole: torch.Tensor
     sharded: torch.Tensor
@@ -147,6 +148,7 @@ class Gathered(NamedTuple):
     name: str
     rank: int
     ranks: int
+    mesh: tuple[int, ...]
 
 
 def gathered_parameters() -> Iterator[Gathered]:
@@ -165,9 +167,21 @@ def gathered_parameters() -> Iterator[Gathered]:
                 for at, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
                     rank = rank * size + at
                 name = held._param_fqn or ""
-                yield Gathered(
-                    held._unsharded_param, held.sharded_param, info.module, info.param_name, name, rank, mesh.size()
-                )
+                whole, part = held._unsharded_param, held.sharded_param
+                every = tuple(part.device_mesh.mesh.flatten().tolist())
+                yield Gathered(whole, part, info.module, info.param_name, name, rank, mesh.size(), every)
+
+
+def place_in_group(group: Any) -> tuple[int, int] | None:
+    """This process's rank in the process group that a graph knows by name, and the size of that. None for one that is not known.
+    Checked on 2.13."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    try:
+        found: Any = _resolve_process_group(group) if isinstance(group, str) else group
+        return found.rank(), found.size()
+    except Exception:
+        return None
 
 
 def is_skipped(filename: str) -> bool:
