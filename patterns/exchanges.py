@@ -50,8 +50,8 @@ def _gather(node: Node, c: Columns) -> Columns | None:
 def sender(node: Node, c: Columns) -> int | None:
     """The one rank from which the elements at ``c`` of an exchange come; None for several, and for what is no exchange."""
     block = _block(node) if op(node) in _GROUP else 0
-    ranks = np.unique(np.asarray(c[0]) // block) if block else ()
-    return int(ranks[0]) if len(ranks) == 1 else None
+    ranks = np.unique(np.asarray(c[0]) // block).tolist() if block else []
+    return ranks[0] if len(ranks) == 1 else None
 
 
 def _block(node: Node) -> int:

@@ -174,10 +174,11 @@ def gathered_parameters() -> Iterator[Gathered]:
 def place_in_group(group: Any) -> tuple[int, int] | None:
     """This process's rank in the process group that a graph knows by name, and the size of that. None for one that is not known.
     Checked on 2.13."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
+    from torch.distributed import distributed_c10d
 
+    resolve: Any = getattr(distributed_c10d, "_resolve_process_group", None)
     try:
-        found: Any = _resolve_process_group(group) if isinstance(group, str) else group
+        found: Any = resolve(group) if isinstance(group, str) else group
         return found.rank(), found.size()
     except Exception:
         return None

@@ -12,7 +12,8 @@ A series is judged folded (`Trend`), and so is told: a number or two a site and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ OF_LOSS = next(trend for trend in TRENDS if trend.metric == LOSS)
 WINDOW = 16  # flushes
 LEAST = 3  # ranks
 MOST = 0.5  # of the sum of squares, that one rank has where it is named
-_FOLDS = {"mean": np.nanmean, "max": np.nanmax, "min": np.nanmin}
+_FOLDS: Mapping[str, Callable[[Array], Any]] = {"mean": np.nanmean, "max": np.nanmax, "min": np.nanmin}
 
 Where = tuple[str | None, int]  # a site in the run, and number of the shard
 

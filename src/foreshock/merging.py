@@ -317,7 +317,7 @@ class Merging:
             for one in plain["shards"]:
                 site, _, whole = one["key"]
                 told.setdefault(site, []).append((one["print"], whole, ranks))
-        names = {}
+        names: dict[tuple[str, int], str] = {}
         for site, of in told.items():
             for number, family in enumerate(families(of, self._spans)):
                 name = f"{site}@{family[0]}" if number else site

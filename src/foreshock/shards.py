@@ -237,7 +237,7 @@ def families(told: Iterable[tuple[str | None, int, Sequence[int]]], spans: Seque
     found: list[tuple[set[Any], set[int]]] = []
     for known_by, whole, ranks in told:
         for shared in {spans[rank] for rank in ranks}:
-            marks = {mark for mark in (known_by, shared) if mark} if shared or not whole else {whole}
+            marks: set[Any] = {mark for mark in (known_by, shared) if mark} if shared or not whole else {whole}
             marks, own = marks or {None}, {rank for rank in ranks if spans[rank] == shared}
             kin = [family for family in found if not family[0].isdisjoint(marks)]
             found = [family for family in found if family not in kin]
