@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from divided import CHOSEN, MICROBATCHES
 from jobs import Job, check, trains_alike
 from merged import BATCH, HEADS, LENGTH, STEPS
+
+from foreshock.shards import families
 
 ALONE = ("gpipe", "experts", "swap")
 ALONE_TOO = ("experts, padded", "gather", "sequence")
@@ -28,7 +31,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER, *FROM_ZERO, script="divided.py")
+    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER, script="divided.py")
 
 
 # -- pipeline parallel -------------------------------------------------------------------------------------------------
@@ -59,8 +62,10 @@ def test_a_stage_without_a_site_holds_nobody_up(two: Job) -> None:
         assert len(two.series("gpipe, bare", rank)["attention/q_rms|attention:layers.0|values"]) == STEPS
 
 
-def test_sharded_stages_that_count_from_zero_are_kept_apart(two: Job) -> None:
+@pytest.mark.slow
+def test_sharded_stages_that_count_from_zero_are_kept_apart(tmp_path: Path) -> None:
     """Each site is told as the stage tells it that was not merged."""
+    two = Job(tmp_path / "two", 2, *FROM_ZERO, script="divided.py")
     for rank in (0, 1):
         assert set(two.told("zero, fsdp", rank)["sites"]) == names(1)
         assert two.told("zero, fsdp", rank)["warnings"] == []
@@ -84,6 +89,26 @@ def test_each_parameter_counts_once_in_the_norm_of_fsdp_and_tensor_parallel_grad
     for rank in range(4):
         for key in ("optim/grad_norm|None|values", "attention/q_rms|attention:layers.1|values"):
             assert np.allclose(job.series("fsdp and tp", rank)[key], whole[key], rtol=1e-6, atol=0), key
+
+
+@pytest.mark.parametrize(
+    ("told", "spans", "expected"),
+    [
+        ([("x", 0, [0, 1])], ["", ""], [[0, 1]]),  # copies
+        ([("x", 0, [0, 2]), ("y", 0, [1])], ["", "", ""], [[0, 2], [1]]),  # stages
+        ([(None, 0, [0, 1, 2, 3])], ["a", "a", "b", "b"], [[0, 1], [2, 3]]),  # stages under FSDP2, which tell the same
+        (
+            [("x", 4, [0]), ("y", 4, [1]), ("u", 4, [2]), ("v", 4, [3])],
+            ["a", "a", "b", "b"],
+            [[0, 1], [2, 3]],
+        ),  # and TP
+        ([("x", 4, [0, 2]), ("y", 4, [1, 3])], ["a", "a", "b", "b"], [[0, 1, 2, 3]]),  # copies under TP
+        ([("x", 4, [0]), ("y", 4, [1])], ["", ""], [[0, 1]]),  # parts that nothing but their place tells
+        ([(None, 0, [0, 1])], ["", ""], [[0, 1]]),  # no weights
+    ],
+)
+def test_which_ranks_have_one_site(told: list[Any], spans: list[str], expected: list[list[int]]) -> None:
+    assert families(told, [span.encode() for span in spans]) == expected
 
 
 @pytest.mark.slow
