@@ -6,6 +6,7 @@ They are kept out of the compiled graphs with `torch._dynamo.disable`, as hooks 
 from __future__ import annotations
 
 import math
+import types
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Collected:
 
     def __init__(self, model: nn.Module) -> None:
         self.vectors: list[Tensor] = []
+        _give_own_code(model)
         for module in model.modules():
             if isinstance(module, Kernel):
                 module.register_forward_hook(torch._dynamo.disable(self._around_kernel))
@@ -52,8 +54,9 @@ class Collected:
             self._keep(probe.forward(facts, detached, torch.rand(2 * ROWS, device=detached[roles[0]].device)))
         gradients: dict[str, Tensor] = {}
 
-        def arrived(role: str, gradient: Tensor) -> None:
-            gradients[role] = gradient
+        def arrived(role: str, gradient: Tensor | None) -> None:
+            # None: the router is a graph of its own, inside of which all of its logits' gradient stays
+            gradients[role] = torch.zeros_like(detached[role]) if gradient is None else gradient
             if len(gradients) == len(roles):
                 with torch.no_grad():
                     self._keep(probe.backward(facts, detached, gradients))
@@ -63,3 +66,19 @@ class Collected:
 
     def _keep(self, found: Any) -> None:
         self.vectors.append(torch.cat([x.reshape(-1).float() for x in found.values()]))
+
+
+def _give_own_code(model: nn.Module) -> None:
+    """Dynamo remembers of a code object that the loop in it is broken, and would split the graphs of models without hooks too."""
+    own: dict[Any, Any] = {}
+    for module in model.modules():
+        forward: Any = type(module).forward
+        if forward not in own:
+            own[forward] = types.FunctionType(
+                forward.__code__.replace(),
+                forward.__globals__,
+                argdefs=forward.__defaults__,
+                closure=forward.__closure__,
+            )
+            own[forward].__kwdefaults__ = forward.__kwdefaults__
+        module.forward = types.MethodType(own[forward], module)

@@ -118,7 +118,7 @@ def lengths(console: Console, largest: int) -> Any:
         ("read 1", rows[-1][4], READ),
         ("read 8", rows[-1][5], READ),
     ):
-        told = "met" if value <= most else "MISSED: every chunk of the series is inflated and joined in Python"
+        told = "met" if value <= most else "MISSED: thousands of chunks are inflated and joined"
         console.print(f"  {name} at {rows[-1][0]:,} records: {value:.3f} s of {most} s, {told}")
     return found
 

@@ -1,6 +1,6 @@
 """What the weight spectra cost: of one layer against straightforward ways, and a step in turn against all at once.
 
-    python benchmarks/spectra.py [--quick] [--wide] [--json FOLDER]
+    python benchmarks/spectra.py [--quick] [--json FOLDER]
 
 The first table measures all heads of one layer, Delta2 and Delta3 (and dWq and dWk, which the others leave out), from float32
 weights: as foreshock does, from Gram matrices; straightforwardly, from thin QRs of the factors and the eigenvalues of the core's
@@ -168,13 +168,12 @@ def seconds(layers: int, width: int, heads: int, every: int) -> tuple[np.ndarray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="widths up to 1024, four layers")
-    parser.add_argument("--wide", action="store_true", help="a width of 4096 as well")
     parser.add_argument("--json", metavar="FOLDER")
     options = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=120)
     console.print(" ".join(f"{key} {value}" for key, value in where().items()))
-    widths = [256, 512, 1024] if options.quick else [256, 512, 1024, 2048] + [4096] * options.wide
+    widths = [256, 512, 1024] if options.quick else [256, 512, 1024, 2048, 4096]
     found = layers(console, widths, [64] if options.quick else [32, 64, 128])
     number, width, heads = 4 if options.quick else 16, 512, 8
     weights, turns = 2 * number * width * width, {}

@@ -36,9 +36,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What compiling took and made. Seconds are the processor's."""
+    """What compiling took and made. Seconds are the processor's, up to the end of each step."""
 
-    seconds: float
+    seconds: tuple[float, ...]
     graphs: int
     breaks: int
     recompiles: int
@@ -125,12 +125,12 @@ def compiled(make: Make, way: Way, cache: Path, steps: int = 1, folder: Path | N
     before = metrics.generated_kernel_count
     with caching_in(cache):
         trained = Trained(make, way, folder)
-        start = processor_seconds()
+        start, taken = processor_seconds(), list[float]()
         for _ in range(steps):
             trained.step()
-        taken = processor_seconds() - start
+            taken.append(processor_seconds() - start)
     found = Compiled(
-        taken,
+        tuple(taken),
         counters["stats"]["unique_graphs"],
         sum(counters["graph_break"].values()),
         sum(counters["recompiles"].values()),

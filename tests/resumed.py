@@ -221,7 +221,7 @@ def ranks(out: Path, rank: int) -> None:
 def most_records_of_a_step(run: Run) -> int:
     """Read from the tables themselves: a reader shows one record where there are several."""
     chunks = run._rows("SELECT series, steps FROM chunk")
-    found = Counter((series, step) for series, steps in chunks for step in unpack_steps(steps).tolist())
+    found = Counter((series, step) for series, steps in chunks for step in unpack_steps([steps])[0].tolist())
     found.update(run._rows("SELECT field.series, tail.step FROM tail JOIN field ON field.layout = tail.layout"))
     return max(found.values())
 

@@ -8,7 +8,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from foreshock.tables import FILE, chunk, pack, pack_steps, unpack_steps
+from foreshock.tables import FILE, chunks, pack, pack_steps, unpack_steps
 
 EARLIER = "earlier-"
 
@@ -43,10 +43,10 @@ def discard(db: sqlite3.Connection, start: int) -> None:
 
     From step 0 on it is all of a run, with its ledger.
     """
-    reach = [id_ for id_, steps in db.execute("SELECT id, steps FROM chunk") if unpack_steps(steps).max() >= start]
+    reach = [id_ for id_, steps in db.execute("SELECT id, steps FROM chunk") if unpack_steps([steps])[0].max() >= start]
     for id_ in reach:
         [(steps, data)] = db.execute("SELECT steps, data FROM chunk WHERE id = ?", (id_,))
-        own, values = chunk(steps, data)
+        [(own, values)] = chunks([steps], [data])
         kept = own < start
         if kept.any():
             row = (pack_steps(own[kept]), pack(values[kept]), id_)

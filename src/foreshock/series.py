@@ -30,11 +30,15 @@ def join(parts: Sequence[tuple[Steps, Values]]) -> tuple[Steps, Values]:
     width = max(values.shape[1] for _, values in parts)
     steps = np.concatenate([steps for steps, _ in parts])
     values = np.concatenate([_widen(values, width) for _, values in parts])
+    if (np.diff(steps) > 0).all():
+        return steps, values
     unique, last = np.unique(steps[::-1], return_index=True)
     return unique, values[::-1][last]
 
 
 def _widen(values: Values, width: int) -> Values:
+    if values.shape[1] == width:
+        return values
     return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=np.nan)
 
 

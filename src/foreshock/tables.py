@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from foreshock.errors import RunError
 from foreshock.records import Array
 from foreshock.series import Queries, Steps, Values, join
 
+Counts = npt.NDArray[np.int64]
 FILE = "run.sqlite"
 FORMAT = 1
 SCHEMA = f"""
@@ -56,19 +59,33 @@ def pack(values: Array) -> bytes:
     return zlib.compress(planes[3].tobytes(), 1) + zlib.compress(planes[:3].tobytes(), 1)
 
 
-def unpack(data: bytes) -> Values:
-    stream = zlib.decompressobj()
-    top = stream.decompress(data)
-    planes = np.frombuffer(zlib.decompress(stream.unused_data) + top, np.uint8).reshape(4, -1)
-    return np.ascontiguousarray(planes.T).view("<f4").reshape(-1).astype(np.float64)
+def unpack(blobs: Sequence[bytes]) -> tuple[Values, Counts]:
+    """The numbers of chunks, one after the other, and how many each has. NumPy is asked once: a long run has thousands."""
+    tops, rests = [], []
+    for blob in blobs:
+        stream = zlib.decompressobj()
+        tops.append(stream.decompress(blob))
+        rests.append(zlib.decompress(stream.unused_data))
+    counts = np.array([len(top) for top in tops], np.int64)
+    numbers = np.empty((counts.sum(), 4), np.uint8)
+    for at in range(3):
+        plane = [rest[at * len(top) : (at + 1) * len(top)] for top, rest in zip(tops, rests, strict=True)]
+        numbers[:, at] = np.frombuffer(b"".join(plane), np.uint8)
+    numbers[:, 3] = np.frombuffer(b"".join(tops), np.uint8)
+    return numbers.view("<f4").reshape(-1).astype(np.float64), counts
 
 
 def pack_steps(steps: Steps) -> bytes:
     return zlib.compress(np.diff(steps, prepend=0).astype("<i8").tobytes(), 1)
 
 
-def unpack_steps(data: bytes) -> Steps:
-    return np.cumsum(np.frombuffer(zlib.decompress(data), "<i8"), dtype=np.int64)
+def unpack_steps(blobs: Sequence[bytes]) -> tuple[Steps, Counts]:
+    """The steps of chunks, one after the other, and how many each has."""
+    parts = [zlib.decompress(blob) for blob in blobs]
+    counts = np.array([len(part) // 8 for part in parts], np.int64)
+    sums = np.cumsum(np.frombuffer(b"".join(parts), "<i8"), dtype=np.int64)
+    before = np.concatenate([np.zeros(1, np.int64), sums])[np.cumsum(counts) - counts]
+    return sums - np.repeat(before, counts), counts
 
 
 def dump(value: Any) -> str:
@@ -106,7 +123,8 @@ class Tables(Queries):
                 if newer:
                     parts.append(_tail(list(group)))
                 else:
-                    parts.extend(chunk(steps, data) for _, _, steps, data in group)
+                    _, _, steps, data = zip(*group, strict=True)
+                    parts += chunks(steps, data)
         except (zlib.error, ValueError) as error:
             raise damaged(self.path, error) from error
         return join(parts)
@@ -115,16 +133,23 @@ class Tables(Queries):
     def steps(self) -> Steps:
         """Every step at which anything was recorded, rising."""
         try:
-            chunks = [unpack_steps(steps) for (steps,) in self._rows("SELECT DISTINCT steps FROM chunk")]
+            packed, _ = unpack_steps([steps for (steps,) in self._rows("SELECT DISTINCT steps FROM chunk")])
         except (zlib.error, ValueError) as error:
             raise damaged(self.path, error) from error
         tail = np.array([step for (step,) in self._rows("SELECT DISTINCT step FROM tail")], np.int64)
-        return np.unique(np.concatenate([tail, *chunks]))
+        return np.unique(np.concatenate([tail, packed]))
 
 
-def chunk(steps: bytes, data: bytes) -> tuple[Steps, Values]:
-    own = unpack_steps(steps)
-    return own, unpack(data).reshape(len(own), -1)
+def chunks(steps: Sequence[bytes], data: Sequence[bytes]) -> list[tuple[Steps, Values]]:
+    """Chunks of one series in the order written, those joined that have as many numbers a step."""
+    (own, lengths), (numbers, counts) = unpack_steps(steps), unpack(data)
+    widths = counts // lengths
+    if (widths * lengths != counts).any():
+        raise ValueError("a chunk has more or fewer numbers than its steps")
+    starts = np.flatnonzero(np.diff(widths, prepend=-1))
+    ends = [np.cumsum(of)[starts[1:] - 1] for of in (lengths, counts)]
+    parts = zip(np.split(own, ends[0]), np.split(numbers, ends[1]), widths[starts], strict=True)
+    return [(steps_N, numbers_N.reshape(len(steps_N), width)) for steps_N, numbers_N, width in parts]
 
 
 def _tail(rows: list[tuple[int, int, int, bytes]]) -> tuple[Steps, Values]:
