@@ -2,9 +2,10 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+TITAN  := .venv-torchtitan
 READY  := $(VENV)/.ready
 
-.PHONY: demo test smoke test-all lint docs bench wheel clean
+.PHONY: demo test smoke test-all test-torchtitan lint docs bench wheel clean
 
 demo: $(READY)
 	$(BIN)/foreshock demo
@@ -21,6 +22,13 @@ smoke: $(READY)
 
 test-all: $(READY)
 	$(PYTEST) -m ""
+
+# torchtitan wants packages of its own, and so an environment of its own.
+test-torchtitan:
+	test -x $(TITAN)/bin/python || $(PYTHON) -m venv $(TITAN)
+	$(TITAN)/bin/python -m pip install -c constraints.txt torch
+	$(TITAN)/bin/python -m pip install -c constraints.txt -e . torchtitan==0.3.0 triton pytest pytest-timeout
+	OMP_NUM_THREADS=1 $(TITAN)/bin/python -m pytest tests/integrations/test_torchtitan.py
 
 # mypy does not see an editable install, so it is shown a plain copy of the packages.
 lint: $(READY)
@@ -55,4 +63,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV)
+	rm -rf build dist $(VENV) $(TITAN)

@@ -128,7 +128,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--largest", type=int, default=100_000)
+    parser.add_argument(
+        "--largest", type=int, help="also graphs of 100 to so many nodes, as benchmarks/scaling.py does"
+    )
     options = parser.parse_args()
     against_capture(options.layers, options.repeats)
-    against_size(options.largest)
+    if options.largest:
+        against_size(options.largest)

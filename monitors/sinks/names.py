@@ -1,7 +1,11 @@
-"""Sinks by name, as settings and ``FORESHOCK_SINKS`` spell them: ``tensorboard:runs/tb, prometheus:9844``."""
+"""Sinks by name, as settings and ``FORESHOCK_SINKS`` spell them: ``tensorboard:runs/tb, prometheus:9844``.
+
+Ranks that do not merge (``merge=False``) each have their own: ``{rank}`` in a name is the number of the process.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -40,7 +44,7 @@ def named(spec: str) -> Any:
     """The sink that ``spec`` names. Raises ConfigError for a name that is none, or a library that is not installed."""
     if wrong := problem(spec):
         raise ConfigError(f"making a sink: it {wrong}")
-    name, _, where = spec.partition(":")
+    name, _, where = spec.replace("{rank}", os.environ.get("RANK", "0")).partition(":")
     return MAKERS[name](where.strip()) if where.strip() else MAKERS[name]()
 
 

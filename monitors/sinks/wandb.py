@@ -37,6 +37,10 @@ class WandbSink(QueuedSink):
         quiet = self._library.Settings(console="off")  # what the script prints is none of this run's
         self._init = {"project": project, "job_type": "foreshock", "reinit": "create_new", "settings": quiet, **init}
         self._run, self._is_own = run, run is None
+        if (
+            self._is_own
+        ):  # its service ends at exit, the last to start first: it must outlive the watch that is made next
+            self._library.setup()
         self._defined: set[str] = set()
 
     def _open(self) -> None:

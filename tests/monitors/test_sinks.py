@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -102,8 +104,18 @@ def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path: Path) -> No
     ]
 
 
-def wandb_records(folder: Path) -> Iterator[Any]:
-    """The records of an offline run: a log as LevelDB's, in blocks of 32 KiB behind a header of 7 bytes."""
+def wandb_records(folder: Path) -> list[Any]:
+    """The records of an offline run, once its last is there: W&B's service may still be writing when a run is finished."""
+    for _ in range(100):
+        records = list(parsed(folder))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        time.sleep(0.1)
+    return records
+
+
+def parsed(folder: Path) -> Iterator[Any]:
+    """The records so far: a log as LevelDB's, in blocks of 32 KiB behind a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
 
     [file] = folder.glob("wandb/offline-run-*/*.wandb")
@@ -139,7 +151,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_wandb(offline: Path) -> None:
     feed(WandbSink("tests", dir=str(offline)))
-    records = list(wandb_records(offline))
+    records = wandb_records(offline)
     rows = wandb_rows(records)
     assert [row.pop("foreshock/step") for row in rows] == [10, 20]
     same(rows[-1], EXPECTED)
@@ -148,6 +160,31 @@ def test_wandb(offline: Path) -> None:
     [alert] = [r.alert for r in records if r.WhichOneof("record_type") == "alert"]
     assert (alert.title, alert.level) == ("foreshock: kernel at step 20", "ERROR")
     assert "it is off" in alert.text
+
+
+LASTING = """
+import time
+from foreshock import Watch
+from foreshock.monitors.sinks import WandbSink
+from loop import Loop
+watch = Watch(every=1, inner="eager", sinks=[WandbSink("tests")])
+loop = Loop(watch.backend)
+while not watch.collector.sinks[-1]._opened:  # W&B's own exit is registered by now, behind the watch's
+    loop.step(loop.batch())
+    time.sleep(0.05)
+for _ in range(5):
+    loop.step(loop.batch())
+print(watch.step)
+"""
+
+
+@pytest.mark.slow
+def test_wandb_hears_the_last_steps_of_a_script_that_just_ends(offline: Path) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", LASTING], env=env, capture_output=True, text=True, check=True)
+    rows = wandb_rows(wandb_records(offline))
+    assert rows[-1]["foreshock/step"] == int(ran.stdout) - 1
+    assert "Error" not in ran.stderr
 
 
 def test_wandb_joins_a_run_without_moving_its_steps(offline: Path) -> None:
@@ -164,7 +201,7 @@ def test_wandb_joins_a_run_without_moving_its_steps(offline: Path) -> None:
                 time.sleep(0.001)
     sink.close()
     run.finish()
-    rows = wandb_rows(list(wandb_records(offline)))
+    rows = wandb_rows(wandb_records(offline))
     assert [row["epoch/loss"] for row in rows] == [0, 1, 2]
     assert rows[-1]["foreshock/step"] == 29
 
@@ -306,6 +343,8 @@ def test_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         watch.log(loss=1.0)
         Loop(watch.backend).run(steps=2)
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text() != ""
+    monkeypatch.setenv("RANK", "3")
+    assert str(named("jsonl:a-{rank}.jsonl")) == "JsonlSink('a-3.jsonl')"
 
 
 @pytest.mark.parametrize(
