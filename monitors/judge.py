@@ -15,6 +15,7 @@ from typing import Any
 from foreshock.errors import ConfigError
 from foreshock.monitors.budget import STEPS_PER_FALSE_ALARM, Budget
 from foreshock.monitors.detectors import Drift, Extrapolation, LawTest, Limits, Moves, NonFinite
+from foreshock.monitors.detectors.law_test import tf32
 from foreshock.monitors.detectors.references import Run
 from foreshock.monitors.diagnosis import Age, Context, Diagnosis, diagnose, key, ripe, symptom
 from foreshock.monitors.finding import Detector, Finding
@@ -67,7 +68,7 @@ class Judge:
         steps_per_false_alarm: int = STEPS_PER_FALSE_ALARM,
         align: str = "step",
     ) -> None:
-        self._on_error = on_error
+        self._on_error, self._kernel_dtype = on_error, kernel_dtype
         budget = Budget(steps_per_false_alarm)
         self.detectors: tuple[Detector, ...] = (
             Limits(warmup=warmup),
@@ -129,6 +130,11 @@ class Judge:
                 self._blamed[diagnosis.site] = (ROWS.index(diagnosis.row), step)
             alarms.append(alarm(step, diagnosis, severity, context, beside))
         return alarms
+
+    @property
+    def held_to(self) -> dict[str, Any]:
+        """What decides on the floors of laws beside the sites' own dtypes."""
+        return {"kernel_dtype": self._kernel_dtype, "tf32": tf32()}
 
     def _named(self) -> dict[str, Detector]:
         """Each detector by its class, those of one class by their order."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foreshock.errors import ConfigError
+from foreshock.monitors.metrics import metric
 from foreshock.records import Alarm, Coverage, Site, SiteStatus, WeightView
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a module path: the layer's index
@@ -22,10 +24,16 @@ def where(alarm: Alarm, sites: Mapping[str, Site]) -> str:
     if alarm.site is None:
         return "the whole run"
     parts = [sites[alarm.site].name if alarm.site in sites else alarm.site]
-    parts += [
-        f"{word} {value}" for word, value in (("head", alarm.head), ("expert", alarm.expert)) if value is not None
-    ]
+    head = "key/value head" if _axis(alarm.metric) == "kv_heads" else "head"
+    parts += [f"{word} {value}" for word, value in ((head, alarm.head), ("expert", alarm.expert)) if value is not None]
     return ", ".join(parts)
+
+
+def _axis(name: str) -> str:
+    try:
+        return metric(name).axis
+    except ConfigError:
+        return ""  # a user's own
 
 
 def shape(site: Site) -> str:
@@ -158,6 +166,7 @@ class Row:
     details: str
     weights: str
     evaluations: int
+    sampled: int
     laws: str
     footnotes: tuple[int, ...]
 
@@ -202,7 +211,7 @@ def _row(group: Sequence[SiteStatus], footnotes: tuple[int, ...]) -> Row:
     name = _NUMBER.sub(lambda _: next(ranges), site.name)
     return Row(
         name, site.model, len(group), site.kind, site.pattern, shape(site), details(site), _weights(site), first.evaluations,
-        _holding(first), footnotes,
+        min(status.sampled for status in group), _holding(first), footnotes,
     )  # fmt: skip
 
 

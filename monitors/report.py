@@ -2,110 +2,152 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
-
 from foreshock.errors import RunError
-from foreshock.monitors.ledger import beside, line, summary, where
-from foreshock.monitors.mechanisms import TABLE, UNKNOWN
-from foreshock.monitors.report_page import PAGE, STYLE
-from foreshock.monitors.report_panels import families, heatmaps, loss
+from foreshock.monitors.ledger import beside, summary, table, where
+from foreshock.monitors.policy import LAW_GROSS, LAWS
+from foreshock.monitors.report_data import BIAS, JUDGED, anchor, groups, panel, payload
+from foreshock.monitors.report_limits import bands
+from foreshock.monitors.report_page import page
+from foreshock.monitors.verdict import SURE, dates, in_order, ranks, row_of, safe, verdict
 from foreshock.records import Alarm, Site
 
 if TYPE_CHECKING:
     from foreshock.reader import Run
 
-EARLY = 100  # recorded steps below which a quiet run is called early
+SECTIONS = ("verdict", "alarms", "loss", "laws", "judged", "everything", "coverage", "cost")
 SHOWN = 12  # alarms before the rest is folded away
-ADVICE = {row.mechanism: row.advice for row in (*TABLE, UNKNOWN)}
+LAW_PANELS = (*LAWS, *BIAS, "law/token_count")
+TRAINING = ("run/loss", "optim/lr")
+OWN_PLACE = {*LAW_PANELS, *TRAINING, *JUDGED}  # what has a figure further up than its family's
 
 
 def write_report(run: Run, path: str | Path) -> Path:
     """Write the report of ``run`` to ``path`` and return it. Raises RunError if the run or the file cannot be used."""
-    alarms, sites = run.alarms, {site.id: site for site in run.sites}
-    meta, coverage = run.meta, run.coverage
-    cost = meta.pop("cost", {})
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
-    text = page.render(
-        name=run.name,
-        path=run.path,
-        style=Markup(STYLE),
-        plotly=Markup(get_plotlyjs()),
-        verdict=_verdict(run, alarms, sites),
-        tiles=_tiles(run, alarms, sites),
-        alarms=[_card(alarm, sites) for alarm in alarms],
-        shown=SHOWN,
-        loss=loss(run, alarms),
-        heatmaps=list(heatmaps(run, sites)),
-        families=list(families(run, sites, alarms)),
-        statuses=[line(status) for status in coverage],
-        coverage_lines=[("In short", [summary(coverage)]), *beside(coverage)],
-        tables=[(title, _rows(part)) for title, part in (("Measured cost", cost), ("Settings", meta)) if part],
-    )
+    text = render(run)
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text.lstrip(), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunError(f"writing the report {path}: {error.strerror}; pass another file with -o") from error
     return path
 
 
-def _verdict(run: Run, alarms: Sequence[Alarm], sites: Mapping[str, Site]) -> dict[str, Any]:
-    steps = run.steps
-    if alarms:
-        first = min(alarms, key=lambda alarm: (alarm.onset, alarm.step))
-        critical = any(alarm.severity == "critical" for alarm in alarms)
-        count = f"{len(alarms)} alarm{'s' if len(alarms) > 1 else ''}"
-        lines = [
-            f"The first: {first.mechanism} at {where(first, sites)}, heard at step {first.step}.",
-            ADVICE.get(first.mechanism, ""),
-        ]
-        return {
-            "level": "critical" if critical else "warning",
-            "title": f"Not healthy {first.since}: {count}",
-            "lines": [line for line in lines if line],
-        }
-    if not len(steps) or not sites:
-        what = "no step was recorded" if not len(steps) else "no site was found"
-        return {"level": "warning", "title": f"Nothing to judge: {what}", "lines": ["The coverage below says why."]}
-    span = f"{steps[0]} to {steps[-1]}" if len(steps) > 1 else str(steps[0])
-    lines = [f"No alarm at {len(sites)} watched site{'s' * (len(sites) > 1)}. Nothing to do."]
-    if len(steps) < EARLY:
-        lines.append(
-            f"Only {len(steps)} steps were recorded: laws are judged from the first, drift once its baseline is learned."
-        )
-    return {"level": "good", "title": f"Healthy in steps {span}", "lines": lines}
+def render(run: Run, version: str = "") -> str:
+    """The page as text. ``version``: it is served live, and asks its server for a newer one than this."""
+    sites = {site.id: site for site in run.sites}
+    alarms, meta, coverage, steps = in_order(run.alarms), run.meta, run.coverage, run.steps
+    data = payload(run, sites, alarms, bands(run))
+    drawn = {metric["name"] for metric in data["metrics"]}
+    last = int(steps[-1]) if len(steps) else 0
+    cost = meta.pop("cost", {})
+    rows, footnotes = table(coverage)
+    laws = [panel(name) for name in LAW_PANELS if name in drawn]
+    judged = [panel(name) for name in JUDGED if name in drawn]
+    tables = [("cost", "Measured cost", _rows(cost)), ("settings", "Settings", _rows(meta))]
+    facts = {
+        "alarms": [
+            _card(number, alarm, sites, told["site"], drawn, last)
+            for number, (alarm, told) in enumerate(zip(alarms, data["alarms"], strict=True), 1)
+        ],
+        "loss": [panel(name) for name in TRAINING if name in drawn],
+        "laws": laws,
+        "judged": judged,
+        "groups": list(groups(sorted(drawn - OWN_PLACE))),
+        "tables": [entry for entry in tables if entry[2]],
+    }
+    there = {**facts, "verdict": True, "everything": facts["groups"], "coverage": True, "cost": cost}
+    return page(
+        data,
+        version,
+        **facts,
+        name=run.name,
+        path=run.path,
+        made=installed("foreshock"),
+        verdict=verdict(alarms, sites, steps),
+        facts=_facts(run, sites, len(steps)),
+        sections=[name for name in SECTIONS if there[name]],
+        shown=SHOWN,
+        law_rows=_law_rows(data),
+        rows=rows,
+        footnotes=footnotes,
+        summary=summary(coverage),
+        beside=beside(coverage),
+    )
 
 
-def _card(alarm: Alarm, sites: Mapping[str, Site]) -> dict[str, Any]:
-    """An alarm with its place; evidence and advice only where its message does not hold them already."""
-    advice = ADVICE.get(alarm.mechanism, "")
+def _card(number: int, alarm: Alarm, sites: Mapping[str, Site], at: int, drawn: set[str], last: int) -> dict[str, Any]:
+    """What the page says of one alarm. Its message holds evidence and advice too, which have places of their own here."""
+    row = row_of(alarm)
+    advice = " ".join(filter(None, (row.advice if row else "", safe(alarm))))
     return {
         "alarm": alarm,
-        "where": where(alarm, sites),
-        "evidence": [text for text in alarm.evidence if text not in alarm.message],
-        "advice": "" if advice in alarm.message else advice,
+        "id": f"alarm-{number}",
+        "level": "critical" if alarm.severity == "critical" else "warning",
+        "where": where(alarm, sites) + ranks(alarm),
+        "what": f"{row.says[:1].upper()}{row.says[1:]}." if row and row.says in alarm.message else alarm.message,
+        "since": dates(alarm, last),
+        "advice": advice,
+        "sure": SURE.get(alarm.confidence, "Not said."),
+        "site": at,
+        "evidence": [_evidence(text, drawn) for text in alarm.evidence or (_numbers(alarm),)],
+        "panel": panel(alarm.metric, at) if alarm.metric in drawn else None,
     }
 
 
-def _tiles(run: Run, alarms: Sequence[Alarm], sites: Mapping[str, Site]) -> list[tuple[str, str]]:
-    steps = run.steps
-    kinds = [site.kind for site in sites.values()]
-    return [
-        ("last step", str(steps[-1]) if len(steps) else "none"),
-        ("recorded steps", str(len(steps))),
-        ("attention sites", str(kinds.count("attention"))),
-        ("routers", str(kinds.count("router"))),
-        *((f"{kind} sites", str(kinds.count(kind))) for kind in sorted({*kinds} - {"attention", "router"})),
-        ("metrics", str(len(run.metrics()))),
-        ("alarms", str(len(alarms))),
-    ]
+def _numbers(alarm: Alarm) -> str:
+    return f"{alarm.metric} is {alarm.value:.3g}, expected {alarm.expected}"
+
+
+def _evidence(text: str, drawn: set[str]) -> dict[str, str]:
+    """A line of evidence begins with its metric, if it is of one."""
+    metric, _, rest = text.partition(" ")
+    if metric in drawn:
+        return {"metric": metric, "anchor": anchor(metric), "text": f" {rest}"}
+    return {"metric": "", "anchor": "", "text": text}
+
+
+def _law_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each law with a floor at the site where it stands worst."""
+    rows = []
+    for number, metric in enumerate(data["metrics"]):
+        found = [series for series in data["series"] if series["m"] == number and "beyond" in series]
+        if not found:
+            continue
+        worst = max(found, key=lambda series: series["beyond"]["worst"])
+        told = worst["beyond"]
+        part = f", {metric['heads']} {told['head']}" if worst["width"] > 1 else ""
+        count, share = sum(series["beyond"]["count"] for series in found), told["worst"]
+        rows.append(
+            {
+                "law": metric["name"],
+                "anchor": metric["anchor"],
+                "share": share,
+                "worst": f"{share:.2g} {'times' if share > 1 else 'of'} its floor",
+                "where": data["sites"][worst["s"]] + part,
+                "step": told["step"],
+                "count": count,
+                "samples": sum(series["n"] for series in found),
+                "last": max(series["beyond"]["last"] for series in found),
+                "level": "good" if not count else "critical" if share > LAW_GROSS else "warning",
+                "stands": "holds" if not count else "broken" if share > LAW_GROSS else "above its floor",
+            }
+        )
+    return sorted(rows, key=lambda row: -row["share"])
+
+
+def _facts(run: Run, sites: Mapping[str, Site], steps: int) -> str:
+    names = {"attention": "attention site", "router": "router"}
+    counts = Counter(site.kind for site in sites.values())
+    counted = [f"{count} {names.get(kind, f'{kind} site')}{'s' * (count > 1)}" for kind, count in counts.items()]
+    recorded = f"{steps} step{'s' * (steps != 1)} recorded"
+    return " · ".join([recorded, *counted, f"{len(run.metrics())} metrics"])
 
 
 def _rows(values: Any, prefix: str = "") -> list[tuple[str, str]]:

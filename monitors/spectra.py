@@ -19,13 +19,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foreshock.errors import ConfigError
 from foreshock.monitors.increments import UPDATE_RATIO, increment, precision, statistics
+from foreshock.monitors.metrics import family
 from foreshock.records import Array, Read, Reading, Share, Site, WeightView, as_it_is
 
-__all__ = ["UPDATE_RATIO", "Spectra", "standing"]
+__all__ = ["UPDATE_RATIO", "Spectra", "in_turn", "standing"]
 
 MOST_NUMBERS = 2**26  # at a time: layers of one shape are measured together up to half a gigabyte in float64
 KEPT_AS_THEY_ARE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def in_turn(metric: str) -> bool:
+    """Whether a metric is read from the weights at whatever step it is the site's turn."""
+    try:
+        return metric == UPDATE_RATIO or family(metric) == "spectra"
+    except ConfigError:
+        return False
+
 
 # Of each stage its matrix [heads, inputs, channels], in the precision it was read in, and its gain [heads, channels], float64.
 Side = tuple[Tensor, ...]

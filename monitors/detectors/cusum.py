@@ -42,7 +42,7 @@ class Cusum:
         self.baseline, self.limit, self.clip, self.slack = baseline, limit, clip, slack
         self.sides: Array | None = None
         self.sums = np.zeros((2, 0))
-        self.expected = np.empty(0)
+        self.expected = self.spread = np.empty(0)  # at the last sample
         self._recent = Ring(KEPT)  # of z
 
     def update(self, step: int, x_S: Array) -> None:
@@ -59,11 +59,11 @@ class Cusum:
 
     def _standardized(self, step: int, x_S: Array) -> Array:
         if self.baseline is None:
-            self.expected = np.zeros(len(x_S))
+            self.expected, self.spread = np.zeros(len(x_S)), np.ones(len(x_S))
             return x_S
-        self.expected, spread = self.baseline.expect(step, len(x_S))
+        self.expected, self.spread = self.baseline.expect(step, len(x_S))
         with np.errstate(divide="ignore", invalid="ignore"):
-            z = (x_S - self.expected) / spread
+            z = (x_S - self.expected) / self.spread
         return np.where(np.isnan(z), np.nan, z)
 
     def _centred(self, z_S: Array) -> Array:

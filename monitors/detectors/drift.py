@@ -60,6 +60,7 @@ class Drift:
         self._tokens = -1.0
         self.rates = Rates()
         self._before: float | None = None  # the rate of the last sample
+        self.pace = np.empty(0)  # what the learning rate adds to each column's expected value at the last sample
         self._last = -spacing
         self._held: dict[tuple[str, str | None], Reading] = {}  # since the last sample
 
@@ -81,9 +82,9 @@ class Drift:
             self.test.sides = sides
         self.own.limit = self.budget.log_limit("trend", self.spacing, int(sides.sum()))
         self.own_trend.frozen = self.rates.rise > RISING
-        pace = self.columns.paced() * self._pace()
-        self.test.update(step, x_S - pace)
-        findings = self._findings(step, self.test, raw_S, worst_S, "its own trend", pace)
+        self.pace = self.columns.paced() * self._pace()
+        self.test.update(step, x_S - self.pace)
+        findings = self._findings(step, self.test, raw_S, worst_S, "its own trend", self.pace)
         if self.references:
             self._compare(step, held, x_S, sides)
             findings += self._findings(

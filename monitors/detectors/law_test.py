@@ -39,22 +39,23 @@ class LawTest:
         self._sheet, self._places, self._floors = Sheet((*policy.LAWS, *BESIDE)), Places(), Floors()
         self._layout: Layout | None = None
         self._dtypes: dict[str, str] = {}  # by site, where laws can be judged
-        self._judged_as: object = None  # what the floors were looked up for
+        self._held_to: object = None  # what the floors were looked up for
         self._bias, self._same_sign = BiasTest(budget or Budget()), SameSign()
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
         layout, values = self._sheet.read(readings)
-        judged_as = (dict(sites), self.kernel_dtype or _tf32())
-        if layout is not self._layout or judged_as != self._judged_as:
+        held_to = (dict(sites), self.kernel_dtype or tf32())
+        if layout is not self._layout or held_to != self._held_to:
             self._arrange(layout, sites)
-            self._judged_as = judged_as
+            self._held_to = held_to
         findings = self._residuals(step, layout, values)
         return findings + self._bias.update(step, readings, self._dtypes, self._saturated(layout, values))
 
     def _arrange(self, layout: Layout, sites: Mapping[str, Site]) -> None:
         """Of every value of the sheet its floor (NaN: not judged), and where what it depends on stands."""
         self._layout = layout
-        self._dtypes = {site.id: dtype for site in sites.values() if (dtype := self._dtype(site)) in UNIT_ROUNDOFF}
+        found = {site.id: judged_as(site, self.kernel_dtype, tf32()) for site in sites.values()}
+        self._dtypes = {site: dtype for site, dtype in found.items() if dtype in UNIT_ROUNDOFF}
         keys = [(metric, site) for metric, site in layout.keys if metric in policy.LAWS and site in self._dtypes]
         self._laws = laws = layout.chosen(keys)
         self._columns = self._places.of(keys, laws.lengths_R)
@@ -64,13 +65,6 @@ class LawTest:
         floors = [floor(metric.removeprefix("law/"), self._dtypes[str(site)]) for metric, site in keys]
         self._floor = np.array(floors, dtype=float)[laws.owner_N]
         self._exponential = np.array([metric in EXPONENTIAL for metric, _ in keys], dtype=bool)[laws.owner_N]
-
-    def _dtype(self, site: Site) -> str:
-        if site.kind == "router":
-            return site.dtype  # a softmax is no kernel with a precision of its own, and no product
-        if self.kernel_dtype is not None:
-            return self.kernel_dtype
-        return "tf32" if site.dtype == "float32" and _tf32() else site.dtype
 
     def _saturated(self, layout: Layout, values: Array) -> set[str | None]:
         """Sites whose probabilities are 0 or 1, where no kernel is to blame for what rounding leaves."""
@@ -155,7 +149,16 @@ class LawTest:
         self._same_sign.load_state_dict(state["same_sign"])
 
 
-def _tf32() -> bool:
+def judged_as(site: Site, kernel_dtype: str | None, products_in_tf32: bool) -> str:
+    """The precision whose floors hold at ``site``; see `LawTest`."""
+    if site.kind == "router":
+        return site.dtype  # a softmax is no kernel with a precision of its own, and no product
+    if kernel_dtype is not None:
+        return kernel_dtype
+    return "tf32" if site.dtype == "float32" and products_in_tf32 else site.dtype
+
+
+def tf32() -> bool:
     """Whether float32 products may use TF32, by either of torch's two settings, which refuse to be mixed."""
     try:
         return torch.get_float32_matmul_precision() != "highest"

@@ -167,6 +167,28 @@ def report(
 
 
 @app.command()
+def watch(
+    run: RunFolder,
+    once: Annotated[bool, typer.Option("--once", help="Print the view once and end.")] = False,
+    web: Annotated[bool, typer.Option("--web", help="Serve the report, and what changes in it, on 127.0.0.1.")] = False,
+    port: Annotated[int | None, typer.Option(metavar="N", help="For --web; 0 takes any.", min=0, max=65535)] = None,
+) -> None:
+    """Follow RUN while it is written: verdict, alarms, what stands nearest to its limit, cost. q or Ctrl-C ends it.
+
+    Only the run folder is read, so this may start, end or fail without the training ever noticing.
+    """
+    if web:
+        from foreshock.serve import PORT, serve
+
+        raise typer.Exit(serve(run, PORT if port is None else port))
+    if port is not None:
+        raise typer.BadParameter("it goes with --web", param_hint="--port")
+    from foreshock.live import watch
+
+    raise typer.Exit(watch(run, once=once))
+
+
+@app.command()
 def alarms(run: RunFolder, as_json: AsJson = False) -> None:
     """Print the alarms of RUN."""
     from foreshock.reader import open_run

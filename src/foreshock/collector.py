@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from foreshock.shards import Local, Loose
 # A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
 MOST_SAMPLES = 20_000
 PATIENCE = 30.0  # seconds that a question waits for another thread which works off a step
+RECORDED = 15.0  # seconds after which a running job tells its ledger and its cost anew
 UNWRITTEN = 64  # steps with logged numbers alone, before they are written down
 Key = tuple[str, str | None]
 Fail = Callable[[str, Exception], None]
@@ -62,19 +65,18 @@ class Collector:
         on_alarm: Callable[[Alarm], None],
         fail: Fail,
         costs: Costs | None = None,
+        told: tuple[Callable[[], Coverage], Callable[[], dict[str, Any]]] = (Coverage, dict),
     ) -> None:
         self.instances, self.store = instances, store
         self.families = {*families, "run"}
         self.derived, self.weights, self.sinks = list(derived), [*weights, *steps], list(sinks)
-        self.each_step = list(each_step)
-        self.steps = list(steps)  # those that read what stands only around an optimizer step
-        self.judge = judge
-        self.on_alarm, self.fail = on_alarm, fail
+        self.each_step, self.steps = list(each_step), list(steps)  # the latter read around an optimizer step alone
+        self.judge, self.on_alarm, self.fail = judge, on_alarm, fail
         self.alarms: list[Alarm] = []
         self.costs = Costs() if costs is None else costs
         self._arriving = threading.Lock()  # forward passes may run in several threads; held for a moment only
         self.working = threading.RLock()
-        self._unwritten = 0
+        self._unwritten, self._told, self._recorded = 0, told, -math.inf
         self._samples: list[Sample] = []
         self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
@@ -203,11 +205,13 @@ class Collector:
                 with self.costs.of(SAMPLING if step in sampled else LOGGED):
                     self._finish_step(step)
 
-    def record(self, coverage: Callable[[], Coverage], facts: Callable[[], dict[str, Any]]) -> None:
-        """Write down the ledger, and facts about the run, with all that was worked off."""
-        self._guarded("writing to the store", lambda: self.store.meta(**facts()))
-        self._guarded("writing to the store", lambda: self.store.coverage(coverage()))
-        self.flush()
+    def record(self, now: bool = True) -> None:
+        """Write down what was worked off, with the ledger and facts about the run: ``now``, or if that is some time ago."""
+        if now or time.monotonic() - self._recorded > RECORDED:
+            (ledger, facts), self._recorded = self._told, time.monotonic()
+            self._guarded("writing to the store", lambda: self.store.meta(held_to=self.judge.held_to, **facts()))
+            self._guarded("writing to the store", lambda: self.store.coverage(ledger()))
+        self.flush(now)
 
     def close(self) -> None:
         """Let go of sinks and store."""
@@ -277,7 +281,7 @@ class Collector:
         readings = [reading for reading in readings if self._wanted(reading.metric)]
         self._write(step, readings)
         self._judge(step, readings, sites, ranks or {})
-        self.flush(now=False)
+        self.record(now=False)
 
     def _finish_step(self, step: int) -> None:
         readings, training = self._logged(step), self._samples_of(step)

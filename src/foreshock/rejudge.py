@@ -8,11 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from foreshock.collector import rounded
-from foreshock.errors import ConfigError
 from foreshock.monitors.judge import Judge
 from foreshock.monitors.laws import BiasLaw
-from foreshock.monitors.metrics import family
-from foreshock.monitors.spectra import UPDATE_RATIO
+from foreshock.monitors.spectra import in_turn
 from foreshock.reader import Run
 from foreshock.records import Alarm, Reading
 
@@ -47,9 +45,9 @@ def _samples(runs: Sequence[Run], every: int) -> Iterator[tuple[int, list[Readin
         judged = {step for step in judged if step < start} | {step for step in sampled if step % every == 0}
     waiting: dict[tuple[str, str | None], Reading] = {}
     for step in sorted(by_step):
-        waiting |= {(r.metric, r.site): r for r in by_step[step] if _in_turn(r.metric)}
+        waiting |= {(r.metric, r.site): r for r in by_step[step] if in_turn(r.metric)}
         if step in judged:
-            direct = [reading for reading in by_step[step] if not _in_turn(reading.metric)]
+            direct = [reading for reading in by_step[step] if not in_turn(reading.metric)]
             yield step, [*direct, *waiting.values()]
             waiting = {}
 
@@ -63,16 +61,8 @@ def _recorded(run: Run) -> tuple[dict[int, list[Reading]], set[int]]:
             continue
         for site in run.sites_of(metric):
             steps, values = run.series(metric, site)
-            if not _in_turn(metric) and not metric.startswith("run/"):
+            if not in_turn(metric) and not metric.startswith("run/"):
                 sampled.update(steps.tolist())
             for step, row in zip(steps.tolist(), values.reshape(len(steps), -1), strict=True):
                 by_step[step].append(Reading(metric, site, row))
     return dict(by_step), sampled
-
-
-def _in_turn(metric: str) -> bool:
-    """Whether a metric is read from the weights at whatever step it is the site's turn."""
-    try:
-        return metric == UPDATE_RATIO or family(metric) == "spectra"
-    except ConfigError:
-        return False

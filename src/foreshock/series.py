@@ -53,6 +53,14 @@ class Queries:
         """Steps ``[n]``, rising, and values ``[n, m]`` of one stored series."""
         raise NotImplementedError
 
+    def columns(self) -> list[tuple[str, str | None]]:
+        """Every series by its metric and site, in the order first seen; site None stands for the run itself."""
+        return self._keys()
+
+    def column(self, metric: str, site: str | None) -> tuple[Steps, Values]:
+        """Steps ``[n]`` and values ``[n, m]`` of one of `columns`, which is not checked: for whoever reads all of them."""
+        return self._column(metric, site)
+
     def metrics(self) -> list[str]:
         """Names of all metrics, sorted."""
         return sorted({metric for metric, _ in self._keys()})

@@ -180,6 +180,7 @@ class Watch:
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
             costs=self.costs,
+            told=(lambda: self.coverage, lambda: {"steps": self.step, "cost": self.cost()}),
         )
         self.ranks = Ranks(
             self.collector,
@@ -255,7 +256,7 @@ class Watch:
     def flush(self) -> None:
         """Work off everything that is complete and write it down."""
         self._catch_up()
-        self.collector.record(lambda: self.coverage, lambda: {"steps": self.step, "cost": self.cost()})
+        self.collector.record()
 
     def cost(self) -> dict[str, str]:
         """What watching took so far, part by part, and what that is of a step now; all in words."""

@@ -1,0 +1,217 @@
+"""``foreshock watch``: in a real terminal against a run that another process writes, and as text where there is no terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from browser import until
+from rich.console import Console
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from writing import FAULT, NAME, write, writer
+
+import foreshock
+from foreshock.errors import RunError
+from foreshock.following import Following
+from foreshock.live import sparkline, watch
+from foreshock.monitors.report_limits import bands
+from foreshock.monitors.report_worst import worst
+from foreshock.reader import open_run
+from foreshock.records import Reading
+from foreshock.store import RunStore
+
+SIZE = (40, 110)
+START = "import sys; sys.argv = ['foreshock', 'watch', *sys.argv[1:]]; from foreshock.cli import main; main()"
+
+
+class Screen:
+    """What a person at a terminal sees of a program, and what they type."""
+
+    def __init__(self, child: Any, screen: Any, stream: Any) -> None:
+        self.child, self._screen, self._stream = child, screen, stream
+
+    @property
+    def text(self) -> str:
+        import pexpect
+
+        try:
+            while True:
+                self._stream.feed(self.child.read_nonblocking(65536, timeout=0.05))
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            return "\n".join(self._screen.display)
+
+    def shows(self, *texts: str) -> Callable[[], bool]:
+        return lambda: all(text in self.text for text in texts)
+
+    def ends(self) -> int:
+        """The exit code."""
+        until(lambda: self.text is not None and not self.child.isalive(), 20)
+        return int(self.child.exitstatus)
+
+
+@contextmanager
+def terminal(*arguments: str) -> Iterator[Screen]:
+    pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
+    screen = pyte.Screen(SIZE[1], SIZE[0])
+    environment = os.environ | {"TERM": "xterm-256color"}
+    child = pexpect.spawn(sys.executable, ["-c", START, *arguments], dimensions=SIZE, env=environment, encoding="utf-8")
+    try:
+        yield Screen(child, screen, pyte.Stream(screen))
+    finally:
+        child.close(force=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a Unix terminal")
+def test_a_run_is_followed_while_it_is_written_until_q(tmp_path: Path) -> None:
+    with writer(tmp_path) as job, terminal(str(tmp_path)) as seen:
+        job.to(10)
+        until(seen.shows("step 10", "Healthy in steps 0 to 10", "run/loss", "last written"), 40)
+        assert "Alarms      None" in seen.text
+        job.to(FAULT + 5)
+        until(
+            seen.shows(f"step {FAULT + 5}", f"Not healthy since about step {FAULT}", "What to do  Compare", "Alarms"),
+            20,
+        )
+        worst = re.compile(rf"{re.escape(NAME)[:12]}.*law/euler\s+0\.4\s+at most 0\.062\s+6\.4")
+        until(lambda: worst.search(seen.text) is not None, 20)  # a screen may be seen half drawn
+        job.end()
+        until(seen.shows("closed by its writer"), 20)
+        seen.child.send("q")
+        assert seen.ends() == 0
+        assert f"Not healthy since about step {FAULT}" in seen.text, "what it said last stays"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a Unix terminal")
+def test_a_run_is_waited_for_until_ctrl_c(tmp_path: Path) -> None:
+    with terminal(str(tmp_path)) as seen:
+        until(seen.shows("waiting for the run's first flush"), 40)
+        write(RunStore(tmp_path), 0)
+        until(seen.shows("Healthy in steps 0"), 20)
+        seen.child.send("x")
+        seen.child.send("\x03")
+        assert seen.ends() == 0
+
+
+def shown(folder: Path, **options: Any) -> str:
+    console = Console(width=100, force_terminal=False, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    assert watch(str(folder), console=console, **options) == 0
+    return console.export_text()
+
+
+def test_without_a_terminal_it_prints_once(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    for step in range(FAULT + 1):
+        write(store, step)
+    store.meta(cost={"judging": "0.25 s (1.0% of the wall clock)", "wall clock": "25.0 s"})
+    store.flush()
+    text = shown(tmp_path) + shown(tmp_path, once=True)
+    assert text.count(f"Not healthy since about step {FAULT}") == 2
+    assert f"{NAME}, key/value head 1" in text
+    assert "what watching costs: judging 0.25 s (1.0% of the wall clock); wall clock 25.0 s" in text
+    store.close()
+
+
+def test_a_run_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="there is no such folder"):
+        shown(tmp_path / "nowhere")
+    with pytest.raises(RunError, match=r"holds no run\.sqlite"):
+        shown(tmp_path)
+
+
+def test_nothing_is_written_to_the_folder(tmp_path: Path) -> None:
+    store = RunStore(tmp_path)
+    write(store, 0)
+    store.close()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    shown(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_every_flush_and_a_new_run_are_new_versions(tmp_path: Path) -> None:
+    following = Following(tmp_path)
+    assert following.version == ""
+    assert following.written is None
+    versions = set()
+    for anew in (False, True):
+        store = RunStore(tmp_path, anew=anew)
+        for step in range(3):
+            write(store, step)
+            versions.add(following.version)
+            assert following.version in versions, "it stays while nothing is written"
+        assert following.log.exists()
+        store.close()
+        assert not following.log.exists()
+    assert len(versions) == 6
+    assert (tmp_path / "earlier-1").is_dir()
+
+
+def test_a_slow_look_is_rested_from() -> None:
+    times = iter([0.0, 3.0])
+    following = Following("nowhere", clock=lambda: next(times))
+    with pytest.raises(RunError):
+        following.look(lambda run: None)
+    assert following.rest(1.0) == 12.0
+
+
+def test_the_nearest_to_their_limits_come_first(tmp_path: Path) -> None:
+    store, rng = RunStore(tmp_path), np.random.default_rng(0)
+    for step in range(0, 1200, 10):
+        write(store, step)
+        leaves = 2.0 * max(step - 1100, 0) / 100
+        loss, entropy = 3.0 + 0.01 * rng.normal(), 0.8 + 0.002 * rng.normal(size=2)
+        store.write(
+            step,
+            [Reading("run/loss", None, np.array([loss + leaves])), Reading("attention/entropy_norm", "a", entropy)],
+        )
+    store.flush()
+    with open_run(tmp_path) as run:
+        found = worst(run, {site.id: site for site in run.sites}, bands(run))
+    store.close()
+    assert [one.metric for one in found] == ["run/loss", "law/euler", "attention/entropy_norm"]
+    assert found[0].share > 6.4 == pytest.approx(found[1].share)
+    assert found[2].share < 1
+
+
+def test_sparklines() -> None:
+    assert sparkline(np.arange(8.0), 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline(np.arange(80.0), 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline(np.array([1.0, np.nan, np.inf, 2.0]), 8) == "▁✕✕█"
+    assert sparkline(np.ones(3), 8) == "▁▁▁"
+    assert sparkline(np.zeros(0), 8) == ""
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).view(2, 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def test_a_running_job_tells_its_sites_and_its_cost(tmp_path: Path) -> None:
+    """Whoever looks, or reports on a job that was killed, knows what was watched."""
+    torch._dynamo.reset()
+    model = Attention()
+    with foreshock.Watch(tmp_path, every=1, inner="eager", strict=True) as job:
+        compiled = torch.compile(model, backend=job.backend)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(3):
+            compiled(torch.randn(2, 6, 8)).square().mean().backward()
+            optimizer.step()
+        with open_run(tmp_path) as run:  # nobody has asked the job to flush
+            assert [site.kind for site in run.sites] == ["attention"]
+            assert run.meta["held_to"] == {"kernel_dtype": None, "tf32": False}
+            assert "wall clock" in run.meta["cost"]
+    assert "Healthy in steps" in shown(tmp_path)
+    torch._dynamo.reset()
