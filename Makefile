@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test smoke test-all lint docs bench wheel clean
+.PHONY: demo test smoke test-all lint docs site bench wheel clean
 
 demo: $(READY)
 	$(BIN)/foreshock demo
@@ -34,6 +34,10 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 
+# docs/ as a web site in build/site, which opens from the disk; a link that leads nowhere is an error.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # The tables of docs/log.md that say what watching costs, one after the other; each with JSON in build/bench.
 bench: $(READY)
 	$(BIN)/python benchmarks/matching.py
@@ -51,7 +55,7 @@ wheel: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:
