@@ -50,7 +50,7 @@ wheel: $(READY)
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/python -m pip install -q --no-deps --target build/wheel dist/*.whl
-	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -P -c "import foreshock, foreshock.demo, foreshock.patterns, foreshock.passes, foreshock.monitors, foreshock.monitors.detectors; print(foreshock.__file__)"
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -P -c "import foreshock, foreshock.demo, foreshock.integrations, foreshock.patterns, foreshock.passes, foreshock.monitors, foreshock.monitors.detectors, foreshock.monitors.sinks; print(foreshock.__file__)"
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -191,6 +191,8 @@ def main() -> None:
                 torch._dynamo.reset()
                 found = {way: Trained(MAKES[name], WAYS[way], Path(folder) / _slug(way)) for way in options.steps}
                 told[name] = {"steps": steps(console, name, found, rounds)}
+                for trained in found.values():
+                    trained.close()
                 continue
             found, compiling = compilations(console, name, MAKES[name], Path(folder))
             found |= {way: Trained(MAKES[name], of) for way, of in _ways(name).items() if not of.compiled}

@@ -21,7 +21,7 @@ from foreshock.monitors.judge import Judge
 from foreshock.monitors.laws import BiasLaw, floor
 from foreshock.monitors.metrics import METRICS, Metric, family, metric, register_metrics
 from foreshock.monitors.policy import Limit, Trend
-from foreshock.monitors.sinks import ConsoleSink, Sink
+from foreshock.monitors.sinks import ConsoleSink, Sink, receivers
 from foreshock.monitors.spectra import Spectra
 from foreshock.monitors.weights import RouterWeights, SharedRouterWeights
 from foreshock.records import Probe, Reading
@@ -58,5 +58,6 @@ __all__ = [
     "family",
     "floor",
     "metric",
+    "receivers",
     "register_metrics",
 ]

@@ -22,7 +22,7 @@ from torch import Tensor
 from foreshock.monitors.increments import UPDATE_RATIO, increment, precision, statistics
 from foreshock.records import Array, Read, Reading, Share, Site, WeightView, as_it_is
 
-__all__ = ["UPDATE_RATIO", "Spectra"]
+__all__ = ["UPDATE_RATIO", "Spectra", "standing"]
 
 MOST_NUMBERS = 2**26  # at a time: layers of one shape are measured together up to half a gigabyte in float64
 KEPT_AS_THEY_ARE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -244,6 +244,29 @@ class Spectra:
             for name, (slot, ring) in state["turns"].items()
         }
         self._numbers = {name: number for number, name in enumerate(self._turns)}
+
+
+def standing(sites: Sequence[Site], read: Read = as_it_is) -> list[Reading]:
+    """The spectrum of each head's ``Wq Wk^T`` as it stands, float64 ``[H]`` each: norm, stable rank, entropy, effective rank, as
+    ``attention/qk_norm`` and so on, of the attention sites whose weights are known. It is that of the whole change from nothing."""
+    views = _views(sites)
+    now, base = {}, {}
+    for name, pair in views.items():
+        found = _factors(pair, read)
+        q, k = (tuple(x.double() for x in side) for side in (found.q, found.k))
+        now[name] = Factors(q, k, found.precision)
+        base[name] = Factors(_without_matrices(q), _without_matrices(k), found.precision)
+    return [
+        Reading(metric.replace("delta3", "qk"), site, rows[row])
+        for names, values in _by_shape(now, base, views, 1)
+        for metric, rows in values.items()
+        if "/delta3_" in metric
+        for row, site in enumerate(names)
+    ]
+
+
+def _without_matrices(side: Side) -> Side:
+    return tuple(x if place % 2 else torch.zeros_like(x) for place, x in enumerate(side))
 
 
 def _views(sites: Sequence[Site]) -> dict[str, Pair]:

@@ -14,7 +14,7 @@ from foreshock.patterns.axes import channels_of, heads_of
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.ops import shape, tensor, value
 from foreshock.patterns.pattern import Edge, Match, Miss
-from foreshock.patterns.provenance import Origin, Untraced, trace, weight_view
+from foreshock.patterns.provenance import Origin, Untraced, among_ranks, trace, weight_view
 from foreshock.patterns.sharded import among_all
 from foreshock.records import WeightView
 
@@ -107,7 +107,8 @@ def attention_site(
 class Traced(NamedTuple):
     """The weights behind q and k, their placeholders, what is to say of them, and how many key heads are distinct.
 
-    ``facts``: of a `DTensor`, which of the whole model's heads this rank's are (``head_offset`` of ``heads_of``, and of keys).
+    ``facts``: of a `DTensor`, and of heads that ranks swapped for positions, which of the whole model's heads this rank's are
+    (``head_offset`` of ``heads_of``, and of keys). ``losses``: on how many ranks positions are, each with a loss of its own.
     """
 
     weights: dict[str, WeightView]
@@ -133,6 +134,10 @@ def traced_weights(
         found.sources[f"{role}_weight"] = origin.sources
         found = found._replace(notes=(*found.notes, *(f"{role}: {note}" for note in origin.notes)))
         place = among_all(origin.parameter, origin.axes, len(origin.index))
+        swapped = among_ranks(view, origin, len(origin.index)) if place is None else None
+        if swapped is not None:
+            place = swapped
+            found.facts["losses"] = swapped[1] // len(origin.index)
         if place is not None:
             names = ("head_offset", "heads_of") if role == "q" else ("kv_head_offset", "kv_heads_of")
             found.facts.update(zip(names, place, strict=True))

@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from foreshock.patterns.coordinates import Columns, Positions, flat
+from foreshock.patterns.exchanges import swaps
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.latent import latent
 from foreshock.patterns.ops import shape
@@ -88,10 +89,13 @@ def head_axis(view: GraphView, node: Node) -> int:
 def along_channels(view: GraphView, node: Node, axis: int) -> bool:
     """Whether the projection's channel changes along ``axis`` of a 4-D tensor."""
     sizes = shape(node) or ()
-    if len(sizes) != 4 or sizes[axis] < 2:
-        return False
+    return len(sizes) == 4 and sizes[axis] > 1 and _differ(view, node, axis, 1)
+
+
+def _differ(view: GraphView, node: Node, axis: int, step: int) -> bool:
+    """Whether the first element of ``node`` and the one ``step`` further along ``axis`` come from different channels."""
     pull = Pull(view)
-    c = tuple(np.array([0, 1]) if a == axis else 0 for a in range(4))
+    c = tuple(np.array([0, step]) if a == axis else 0 for a in range(len(shape(node) or ())))
     found = pull.pieces(node, c, _last_reader(view, node))
     for trail in found if isinstance(found, list) else ():
         product = pull.projection(trail.view, trail.node)
@@ -102,6 +106,19 @@ def along_channels(view: GraphView, node: Node, axis: int) -> bool:
         if any(np.unique(column).size > 1 for column in outputs):
             return True
     return False
+
+
+def among_ranks(view: GraphView, origin: Origin, pieces: int) -> tuple[int, int] | None:
+    """Of ``pieces`` heads that this rank has of those which ranks swapped for positions: the number of the first, and how many
+    there are on all of them. None where none were swapped."""
+    while view.parent is not None:
+        view = view.parent
+    for source, rank, ranks in swaps(origin.path):
+        block = (shape(source) or (0,))[0] // ranks
+        where = next((own for own in view.walk() if own.graph is source.graph), None)
+        if where is not None and block and _differ(where, source, 0, block):
+            return rank * pieces, ranks * pieces
+    return None
 
 
 def trace_heads(view: GraphView, node: Node, axis: int) -> Origin | Untraced:

@@ -39,6 +39,8 @@ from foreshock.patterns.coordinates import (
     taken,
 )
 from foreshock.patterns.crossing import Step, caller, cut, inside, makes, outside
+from foreshock.patterns.exchanges import RULES as EXCHANGES
+from foreshock.patterns.exchanges import sender
 from foreshock.patterns.graph import GraphView
 from foreshock.patterns.known import FIXED, Known
 from foreshock.patterns.ops import args, argument, op, shape
@@ -150,7 +152,7 @@ class Pull(Known):
             and "src" not in node.kwargs
         ):
             moved = c  # a number is stored in places
-        elif (rule := RULES.get(name) or SHARDED.get(name)) is not None:
+        elif (rule := RULES.get(name) or SHARDED.get(name) or EXCHANGES.get(name)) is not None:
             moved = rule(node, c)
         elif name in _CONVOLUTIONS and is_depthwise(node):
             moved = tuple(np.minimum(column, size - 1) for column, size in zip(c, shape(first) or (), strict=True))
@@ -169,6 +171,9 @@ class Pull(Known):
             return each(self._read(view, first, node, moved, grid), lambda trail: replace(trail, bent=True))
         if name in _NORMS or name == "_weight_norm":
             return self._normed(view, node, name, c, grid)
+        rank = sender(node, c)
+        if rank is not None:
+            return each(self._read(view, first, node, moved, grid), lambda trail: replace(trail, rank=rank))
         return view, first, node, moved
 
     def _agreed(

@@ -43,6 +43,7 @@ class Trail:
     bent: bool = False
     unit: bool = False
     notes: tuple[str, ...] = ()
+    rank: int | None = None  # whose tensor they came from, where ranks exchange
 
 
 Found = list[Trail] | str  # the reason why there is none
@@ -87,6 +88,12 @@ def united(grid: tuple[int, ...], parts: Iterable[tuple[Positions, Found]]) -> F
             families.setdefault(key, []).append((rows if trail.where is None else rows[trail.where], trail))
     if not families:
         return reasons[0]
+    ranks: dict[Node, set[int | None]] = {}
+    for trail in (trail for family in families.values() for _, trail in family):
+        ranks.setdefault(trail.node, set()).add(trail.rank)
+    several = next((node for node, of in ranks.items() if len(of) > 1), None)
+    if several is not None:
+        return f"{several.name}: its parts come from several ranks"
     return [_one(grid, family) for family in families.values()]
 
 

@@ -25,12 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 import foreshock.ranks
 from foreshock import Watch
 from foreshock.demo import kernel
+from foreshock.monitors import Finding
 from foreshock.records import Probe
 
 D, HEADS, EXPERTS, BATCH, LENGTH, STEPS = 32, 4, 4, 8, 16, 8
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
 KERNEL_STEPS, BROKEN, DYING = 12, 6, 3
+ASTRAY_STEPS, ASTRAY, ASTRAY_EVERY = 480, 400, 10
 
 
 class Attention(nn.Module):
@@ -230,7 +232,120 @@ def broken(out: Path, name: str) -> None:
     write(out, name, watch, called=called)
 
 
+class Heard:
+    """A sink that keeps the steps of which it heard."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def readings(self, step: int, readings: Any) -> None:
+        self.steps.append(step)
+
+    def alarm(self, alarm: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def without_gloo(out: Path, name: str) -> None:
+    """The watch cannot make a group of its own."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError("gloo is not built in")
+
+    made, distributed.new_group = distributed.new_group, refuse
+    torch.manual_seed(0)
+    model, heard = Stack(Attention()), Heard()
+    with Watch(out / "alone", every=1, inner="aot_eager", windows=(2,), sinks=[heard]) as watch:
+        run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+        for _ in range(STEPS):
+            run(next(batch)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    distributed.new_group = made
+    write(out, name, watch, heard=heard.steps)
+
+
+class Finds:
+    """Finds something at step `DYING`, on every rank, or for itself on rank 1 alone."""
+
+    def __init__(self, everywhere: bool) -> None:
+        self.everywhere = everywhere
+
+    def update(self, step: int, readings: Any, sites: Any) -> list[Finding]:
+        if step != DYING or not (self.everywhere or RANK == 1):
+            return []
+        return [Finding(step, step, next(iter(sites)), "attention/nonfinite", float("nan"), "none", +1, 10.0, 0)]
+
+
+def turned(out: Path, name: str) -> None:
+    """Each rank watches for itself, and after a resume they are one run: ``joined``; the other way round: ``parted``."""
+    torch.manual_seed(0)
+    model, state = Stack(Attention()), None
+    optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+    for merge in (name == "parted", name == "joined"):
+        torch._dynamo.reset()
+        finds = [Finds(merge)] if state is None else []
+        with Watch(every=1, inner="aot_eager", windows=(2, 4), merge=merge, detectors=finds) as watch:
+            if state is not None:
+                watch.load_state_dict(state)
+            run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+            for _ in range(STEPS):
+                run(next(batch)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            state = watch.state_dict()
+    write(out, name, watch)
+
+
+def paced(out: Path, name: str) -> None:
+    """Ranks go on from the state of a single process whose budget had made its samples four times rarer."""
+    torch.manual_seed(0)
+    model, state = Stack(Attention()), None
+    optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+    for _ in range(2):
+        torch._dynamo.reset()
+        with Watch(every=1, budget=0.5, inner="aot_eager", windows=(2,)) as watch:
+            if state is not None:
+                watch.load_state_dict(state)
+            run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+            for _ in range(STEPS):
+                run(next(batch)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            (shared,), ((own,),) = (
+                watch.state_dict()["shared"],
+                [x for key, x in watch.state_dict().items() if "rank" in key],
+            )
+        state = {"shared": ({**shared, "ranks": 1},), "rank0": (own,)}
+        own["parts"]["pace"] = dict.fromkeys(own["parts"]["pace"], 4)
+    write(out, name, watch)
+
+
+def astray(out: Path, name: str) -> None:
+    """From a step on the inputs of one rank are far too large, or those of all ranks: ``astray``; ``astray, all``."""
+    torch.manual_seed(0)
+    model = Stack(Attention(), Attention())
+    with Watch(every=ASTRAY_EVERY, inner="aot_eager", strict=True) as watch:
+        run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-3), batches()
+        for step in range(ASTRAY_STEPS):
+            x = next(batch)
+            if step >= ASTRAY and ("all" in name or RANK == 2):
+                x = 3 * x
+            loss = (run(x) - x).square().mean()
+            watch.log(loss=loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    write(out, name, watch)
+
+
 SCENARIOS = {
+    **dict.fromkeys(("astray", "astray, all"), astray),
+    "paced": paced,
+    "no gloo": without_gloo,
+    **dict.fromkeys(("joined", "parted"), turned),
     "broken": broken,
     "failing": failing,
     "tp": tensor_parallel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from foreshock import cli
+from foreshock import cli, progress
 from foreshock.records import Alarm, Coverage, Reading, Site, SiteStatus
 from foreshock.run import Outcome, launch
 from foreshock.store import RunStore
@@ -197,7 +198,7 @@ def test_every_way_to_compile_is_watched(script: Path, way: str) -> None:
 def test_another_backend_is_left_alone_and_said(script: Path) -> None:
     outcome = launch(str(script), ["other"])
     assert outcome.watch is None
-    assert outcome.summary()[0].endswith("(left alone: eager)")
+    assert "(left alone: eager); --compile-eager auto" in outcome.summary()[0]
     assert Outcome().summary()[1] == "no run was kept"
 
 
@@ -318,6 +319,50 @@ def test_version_and_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert capsys.readouterr().out.startswith("foreshock 0.")
     seen: list[object] = []
     driver = pytest.importorskip("foreshock.demo.driver")
-    monkeypatch.setattr(driver, "run_demo", lambda out, quick, seed: seen.extend((out, quick, seed)) or 3)
+    monkeypatch.setattr(
+        driver, "run_demo", lambda out, quick, seed, as_json: seen.extend((out, quick, seed, as_json)) or 3
+    )
     assert call(monkeypatch, "demo", "--out", tmp_path, "--quick", "--seed", 5) == 3
-    assert seen == [tmp_path, True, 5]
+    assert seen == [tmp_path, True, 5, False]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["scan", "--help"], ["--version"]])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    """Nor does completion, which runs at every press of the key."""
+    program = (
+        "import sys\nfrom foreshock.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "AssertionError" not in done.stderr
+
+
+def test_help_says_the_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--help") == 0
+    assert "Exit codes: 0 all went well" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands(shell: str) -> None:
+    """What the script that --install-completion leaves behind asks for."""
+    asked = {"bash": {"COMP_WORDS": "foreshock sc", "COMP_CWORD": "1"}, "zsh": {"_TYPER_COMPLETE_ARGS": "foreshock sc"}}
+    fish = {"_TYPER_COMPLETE_ARGS": "foreshock sc", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    environment = {**os.environ, "_FORESHOCK_COMPLETE": f"complete_{shell}", **asked.get(shell, fish)}
+    command = [str(Path(sys.executable).with_name("foreshock"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "scan" in done.stdout
+    assert "sites" not in done.stdout
+
+
+def test_no_bars_where_nobody_looks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.bar("x") as told:
+        told(1, 2)
+    with progress.spinner("x") as now:
+        now("y")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.bar("series") as told:
+        told(1, 2)
+    printed = capsys.readouterr()
+    assert "1/2" in printed.err
+    assert printed.out == ""

@@ -26,6 +26,7 @@ PRIVATE = ("torch._dynamo", "torch._guards", "torch._inductor", "torch._subclass
 PUBLIC = [
     "Alarm",
     "AlarmRaised",
+    "CheckpointError",
     "CheckpointGuard",
     "ConfigError",
     "Coverage",
@@ -42,6 +43,7 @@ PUBLIC = [
     "default_watch",
     "instrumented",
     "open_run",
+    "scan",
     "sites",
 ]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,37 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from merged import BROKEN, DYING, KERNEL_STEPS, STEPS
+from jobs import Job, check, trains_alike
+from merged import ASTRAY, BROKEN, DYING, KERNEL_STEPS, STEPS
 
 from foreshock import open_run
+from foreshock.ranks import ALONE
 from foreshock.shards import LARGEST, is_literal, side_by_side, with_rank, without_rank, worst_ranks
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-# Rows are drawn anew in each call, so what is estimated from them is another estimate.
-ESTIMATES = ("entropy", "logit_max", "lse", "sink", "shadow")
 TOGETHER = ("tp", "ddp", "ddp, sampled", "ddp, plain", "sites", "stages", "idle", "probe", "broken", "late")
-
-
-class Job:
-    """A job of some ranks, run once."""
-
-    def __init__(self, out: Path, ranks: int, *names: str) -> None:
-        self.out = out
-        out.mkdir(exist_ok=True)
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [*torchrun, str(Path(__file__).with_name("merged.py")), str(out), *names]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        self.said = done.stderr
-
-    def series(self, name: str, rank: int = 0) -> Arrays:
-        with np.load(self.out / f"{name}.{rank}.npz") as found:
-            return dict(found)
-
-    def told(self, name: str, rank: int = 0) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.out / f"{name}.{rank}.json").read_text())
-        return found
+TURNED = ("no gloo", "joined", "parted", "paced")
 
 
 @pytest.fixture(scope="module")
@@ -53,41 +29,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER)
-
-
-def same(one: Arrays, other: Arrays) -> None:
-    """Every series at the same steps with the same numbers: to 1e-6, of the laws (rounding) or of the largest; counts exact."""
-    assert set(one) == set(other)
-    for key, values in one.items():
-        name, _, what = key.rpartition("|")
-        metric = name.partition("|")[0]
-        if what == "steps":
-            assert np.array_equal(values, other[key]), key
-        elif metric == "optim/update_ratio":  # of all heads of a site together; of shards it is the mean
-            assert np.allclose(values, other[key], rtol=1e-2, atol=0), key
-        elif metric.startswith("law/bias") or any(part in metric for part in ESTIMATES):
-            assert values.shape == other[key].shape, key
-        else:
-            size = np.nanmax(np.abs(values), initial=0.0)
-            atol = 1e-6 if metric.startswith("law/") else 1e-6 * size
-            assert np.allclose(values, other[key], rtol=1e-6, atol=atol, equal_nan=True), key
-            if "load" in metric or metric.endswith("nonfinite"):
-                assert np.array_equal(values, other[key]), key
-
-
-def check(alone: Job, job: Job, name: str, ranks: int) -> None:
-    whole = {key: values for key, values in alone.series(name).items() if not key.startswith("parameter|")}
-    for rank in range(ranks):
-        mine = {key: values for key, values in job.series(name, rank).items() if not key.startswith("parameter|")}
-        same(whole, mine)
-        assert job.told(name, rank)["warnings"] == []
-        assert job.told(name, rank)["sites"] == job.told(name)["sites"]
+    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER, *TURNED)
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp, sampled", "tp"])
 def test_two_ranks_tell_what_one_process_tells_of_the_whole_batch(alone: Job, two: Job, name: str) -> None:
     check(alone, two, name, 2)
+    assert two.told(name, 0)["sites"] == two.told(name, 1)["sites"]
 
 
 def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two: Job) -> None:
@@ -100,10 +48,7 @@ def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two
 
 
 def test_training_is_not_changed(two: Job) -> None:
-    watched, plain = (two.series(name) for name in ("ddp", "ddp, plain"))
-    keys = [key for key in watched if key.startswith("parameter|")]
-    assert keys
-    assert all(np.array_equal(watched[key], plain[key]) for key in keys)
+    assert trains_alike(two.series("ddp"), two.series("ddp, plain"))
 
 
 def test_a_site_of_one_rank_is_known_on_all(two: Job) -> None:
@@ -152,6 +97,53 @@ def test_an_alarm_names_the_rank_and_comes_to_all_at_one_step(two: Job) -> None:
         assert run.steps.tolist() == list(range(KERNEL_STEPS))
 
 
+def test_without_a_group_each_rank_watches_for_itself(two: Job) -> None:
+    for rank in (0, 1):
+        told = two.told("no gloo", rank)
+        (warning,) = told["warnings"]
+        assert warning == f"{ALONE}: RuntimeError: gloo is not built in"
+        assert sorted(set(told["heard"])) == list(range(STEPS))
+        with open_run(two.out / "alone" / f"rank{rank}") as run:
+            assert run.steps.tolist() == list(range(STEPS))
+            assert np.array_equal(run.series("attention/delta2_norm")[0], np.arange(2, STEPS, 2))
+    assert not (two.out / "alone" / "run.sqlite").exists()
+    first, second = (two.series("no gloo", rank)["attention/q_rms|attention:layers.0|values"] for rank in (0, 1))
+    assert len(first) == len(second) == STEPS
+    assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("joined", "of what each rank heard for itself, and now they are one run"),
+        ("parted", "of one run, and now each is for itself"),
+    ],
+)
+def test_a_state_of_ranks_that_were_watched_otherwise_loses_no_more_than_it_must(
+    two: Job, name: str, told: str
+) -> None:
+    for rank in (0, 1):
+        found, series = two.told(name, rank), two.series(name, rank)
+        (line,) = found["warnings"]
+        assert line.startswith(
+            f"resuming at step {STEPS}: saved by 2 ranks, now 2; the state is {told}: detectors begin anew"
+        )
+        assert found["step"] == 2 * STEPS
+        assert [alarm["step"] for alarm in found["alarms"]] == ([DYING] if name == "parted" or rank == 1 else [])
+        merged = found["flushes"] is not None
+        assert merged is (name == "joined")
+        assert series["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(STEPS, 2 * STEPS))
+        assert series["attention/delta2_norm|attention:layers.0|steps"].tolist() == list(range(STEPS, 2 * STEPS, 2))
+
+
+def test_a_budget_goes_on_alike_on_ranks_that_have_no_state_of_their_own(two: Job) -> None:
+    for rank in (0, 1):
+        (line,) = [line for line in two.told("paced", rank)["warnings"] if "budget" not in line]
+        assert line.startswith(f"resuming at step {STEPS}: saved by 1 rank, now 2; ")
+        steps = two.series("paced", rank)["attention/q_rms|attention:layers.0|steps"]
+        assert steps.tolist() == list(range(STEPS, 2 * STEPS, 4))
+
+
 def test_a_rank_that_is_late_is_given_up_and_training_goes_on(two: Job) -> None:
     for rank in range(2):
         told = two.told("late", rank)
@@ -183,10 +175,20 @@ def test_an_error_on_one_rank_is_not_held_up_by_the_others(tmp_path: Path) -> No
 def test_more_ranks_and_sharded_ones(alone: Job, tmp_path: Path, name: str, ranks: int) -> None:
     job = Job(tmp_path / "job", ranks, name, f"{name}, plain")
     check(alone, job, name, ranks)
-    watched, plain = job.series(name), job.series(f"{name}, plain")
-    keys = [key for key in watched if key.startswith("parameter|")]
-    assert keys
-    assert all(np.array_equal(watched[key], plain[key]) for key in keys)
+    assert trains_alike(job.series(name), job.series(f"{name}, plain"))
+
+
+@pytest.mark.slow
+def test_an_alarm_names_the_rank_that_alone_stands_apart(tmp_path: Path) -> None:
+    job = Job(tmp_path / "job", 4, "astray", "astray, all")
+    for rank in range(4):
+        one, every = job.told("astray", rank)["alarms"], job.told("astray, all", rank)["alarms"]
+        assert one
+        assert every
+        assert all(alarm["step"] >= ASTRAY for alarm in (*one, *every))
+        assert {tuple(alarm["ranks"]) for alarm in one} == {(2,)}
+        assert all(alarm["message"].endswith(" alone stands apart.") for alarm in one)
+        assert {tuple(alarm["ranks"]) for alarm in every} == {()}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -137,7 +138,8 @@ def _class_name(module: torch.nn.Module) -> str:
 
 class Gathered(NamedTuple):
     """A parameter that FSDP2 makes whole for a call. ``name`` is its path from the outermost module that `fully_shard` was given,
-    "" before the first forward pass; ``rank`` of ``ranks`` is this process's place among those that hold it between them."""
+    "" before the first forward pass; ``rank`` of ``ranks`` is this process's place among those that hold it between them; ``mesh``:
+    all ranks that it is laid out over, also by tensor parallelism."""
 
     whole: torch.Tensor
     sharded: torch.Tensor
@@ -146,6 +148,7 @@ class Gathered(NamedTuple):
     name: str
     rank: int
     ranks: int
+    mesh: tuple[int, ...]
 
 
 def gathered_parameters() -> Iterator[Gathered]:
@@ -164,9 +167,22 @@ def gathered_parameters() -> Iterator[Gathered]:
                 for at, size in zip(mesh.get_coordinate(), mesh.shape, strict=True):
                     rank = rank * size + at
                 name = held._param_fqn or ""
-                yield Gathered(
-                    held._unsharded_param, held.sharded_param, info.module, info.param_name, name, rank, mesh.size()
-                )
+                whole, part = held._unsharded_param, held.sharded_param
+                every = tuple(part.device_mesh.mesh.flatten().tolist())
+                yield Gathered(whole, part, info.module, info.param_name, name, rank, mesh.size(), every)
+
+
+def place_in_group(group: Any) -> tuple[int, int] | None:
+    """This process's rank in the process group that a graph knows by name, and the size of that. None for one that is not known.
+    Checked on 2.13."""
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = getattr(distributed_c10d, "_resolve_process_group", None)
+    try:
+        found: Any = resolve(group) if isinstance(group, str) else group
+        return found.rank(), found.size()
+    except Exception:
+        return None
 
 
 def is_skipped(filename: str) -> bool:
@@ -187,6 +203,25 @@ def constants_allowed() -> Iterator[None]:
         yield
     finally:
         fake_tensor_tls.allow_non_fake_inputs_override = before
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of ``module`` go through `torch.compile`, or through what `stand_in` put there. Checked on 2.13."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    return isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+
+
+def stand_in(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Let ``call`` answer the calls of ``module`` where its ``compile`` would put a compiled one; None takes it away. It is neither
+    copied nor pickled with the module. Checked on 2.13."""
+    module._compiled_call_impl = call
+
+
+def plain_call(module: torch.nn.Module) -> Callable[..., Any]:
+    """What ``compile`` of ``module`` compiles: a call with its hooks, and with nothing that stands in. Checked on 2.13."""
+    call: Callable[..., Any] = module._call_impl
+    return call
 
 
 def on_optimizer_step(hook: Callable[..., None]) -> Any:
@@ -232,3 +267,21 @@ def restore_random_state(device: torch.device, state: tuple[torch.Tensor, ...]) 
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state(state[1], device)
+
+
+class CompileCaches(NamedTuple):
+    """Where compiled code is kept, and whether graphs of inductor and of AOTAutograd are looked up there."""
+
+    folder: str
+    graphs: bool
+    autograd: bool
+
+
+def compile_caches() -> CompileCaches:
+    """Where this process keeps what it compiles. Checked on 2.13."""
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+    return CompileCaches(folder, bool(inductor.fx_graph_cache), bool(functorch.enable_autograd_cache))

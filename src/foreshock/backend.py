@@ -15,6 +15,7 @@ from foreshock.instances import Held, Instance
 from foreshock.passes import Plan, SitePlan, copy_graph, expand, instrument, untappable
 from foreshock.patterns import Findings, GraphView, Match, find
 from foreshock.patterns.boundary import without_gradients
+from foreshock.patterns.exchanges import note_places
 from foreshock.patterns.experts import with_experts
 from foreshock.patterns.graph import module_of
 from foreshock.patterns.stream import with_stream
@@ -52,6 +53,10 @@ class Backend:
             watched = None
         return watched if watched is not None else inner(gm, example_inputs)
 
+    def __deepcopy__(self, memo: Any) -> Backend:
+        """Lightning's Fabric copies what `torch.compile` was given; the watch is this one."""
+        return self
+
     def _inner(self, mode: str | None = None, options: dict[str, Any] | None = None) -> Callable[..., Compiled]:
         name = self._watch.inner
         if name == "inductor":
@@ -68,6 +73,7 @@ class Backend:
         with watch.costs.of(REWRITING):
             copied, _ = copy_graph(gm)
             expand(copied)
+            note_places(copied, _torch.place_in_group)
             watch.sharding.learn(inputs)
             view = GraphView.of(copied.graph, inputs, watch.instances.name_of, _torch.root_module())
             watch.instances.learn_names((view.parameters[node], name) for node, name in view.names.items())

@@ -20,25 +20,49 @@ if TYPE_CHECKING:
     from foreshock.monitors.compare import Comparison
     from foreshock.records import Alarm, Coverage
 
+EXIT_CODES = (
+    "Exit codes: 0 all went well; 1 something was found (doctor: a problem, scan: weights that are not finite, "
+    "demo: a fault that was not heard); 2 a mistake in the command, the settings or the files. "
+    "run and sites SCRIPT end with the script's own."
+)
 app = typer.Typer(
     help="Early warning for large-model training.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-RunOption = Annotated[str | None, typer.Option("--run", metavar="DIR", help="Keep the run in this folder.")]
+# torchrun takes --run for an abbreviation of one of its own, wherever it stands.
+RunOption = Annotated[
+    str | None, typer.Option("--run", "--run-dir", metavar="DIR", help="Keep the run in this folder.")
+]
 EveryOption = Annotated[int | None, typer.Option("--every", min=1, metavar="N", help="Sample one step in N.")]
+ModuleOption = Annotated[bool, typer.Option("-m", help="SCRIPT is a module's name, as for python -m.")]
+EagerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--compile-eager",
+        metavar="CLASS|auto",
+        help="Compile what the script leaves eager as well: each module of a class, or the outermost module that is trained.",
+    ),
+]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Turn any failure inside foreshock into an error.")]
 Script = Annotated[str, typer.Argument(metavar="SCRIPT", help="A Python script.")]
 ScriptArgs = Annotated[list[str] | None, typer.Argument(metavar="[ARGS]...", help="Handed to the script.")]
+
+
+class _Interrupted(BaseException):
+    """The script ended by a KeyboardInterrupt, which is printed already."""
 
 
 def main() -> None:
     """Entry point of the ``foreshock`` command."""
     try:
         app()
+    except _Interrupted:
+        sys.excepthook = lambda *_: None
+        raise KeyboardInterrupt from None  # Python then ends by the signal, as it would for the script alone
     except ForeshockError as error:
         print("foreshock:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
@@ -63,16 +87,22 @@ def _options(
 def run(
     script: Script,
     args: ScriptArgs = None,
+    module: ModuleOption = False,
+    compile_eager: EagerOption = None,
     run: RunOption = None,
     every: EveryOption = None,
     strict: StrictOption = False,
 ) -> None:
     """Run SCRIPT with its own arguments; whatever it compiles is watched."""
-    from foreshock.run import launch
+    from foreshock.run import launch, speaks
 
-    outcome = launch(script, args or [], run=run, every=every, strict=strict)
-    for line in outcome.summary():
+    outcome = launch(
+        script, args or [], module=module, compile_eager=compile_eager, run=run, every=every, strict=strict
+    )
+    for line in outcome.summary() if speaks(outcome) else ():
         print("foreshock:", line, file=sys.stderr)
+    if outcome.interrupted:
+        raise _Interrupted
     raise typer.Exit(outcome.code)
 
 
@@ -95,6 +125,7 @@ def sites(
     """
     from foreshock.drawing import Drawings
     from foreshock.models import is_model, survey
+    from foreshock.progress import spinner
     from foreshock.records import Coverage
     from foreshock.run import launch
     from foreshock.watch import NEVER_TRAINED
@@ -104,7 +135,8 @@ def sites(
     code = 0
     with redirect_stdout(sys.stderr):  # what the script prints must not stand in the table
         if is_model(target):
-            coverage = survey(target, args or [], prepare)
+            with spinner(f"capturing {target}"):
+                coverage = survey(target, args or [], prepare)
         else:
             outcome = launch(target, args or [], prepare=prepare)
             nothing = Coverage(warnings=(outcome.summary()[0],))
@@ -188,15 +220,101 @@ def metrics(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def export(
+    run: RunFolder,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="*.parquet, *.csv or *.jsonl.")],
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", metavar="GLOB", help="Only these metrics; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write the series of RUN as one long table: step, metric, site, index, value."""
+    from foreshock.export import export as exported
+    from foreshock.progress import bar
+    from foreshock.reader import open_run
+
+    with open_run(run) as opened, bar("series") as progress:
+        rows = exported(opened, output, metrics=metrics or ("*",), progress=progress)
+    if as_json:
+        _print_json({"file": str(output), "rows": rows})
+    else:
+        print(f"{output}: {rows:,} rows")
+
+
+@app.command()
+def scan(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT...", help="Files or folders: safetensors, torch.save or DCP; in their order."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="config.json or package.module:callable; else the config beside CHECKPOINT."
+        ),
+    ] = None,
+    args: Annotated[
+        list[str] | None, typer.Option("--arg", help="Handed to MODEL's callable; may be repeated.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Only keys that begin with it: one of several models.")] = "",
+    every: Annotated[bool, typer.Option("--all", help="Every head, not only the first 25.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what the weights in saved CHECKPOINTs show, and what moved between one and the next; nothing is trained.
+
+    The exit code is 1 where weights are not finite.
+    """
+    from foreshock.progress import bar
+    from foreshock.scan_tables import shown, told
+    from foreshock.scanning import scan as scanned
+
+    with redirect_stdout(sys.stderr), bar("sites") as progress:
+        found = scanned(checkpoints, model, args=args or (), prefix=prefix, progress=progress)
+    if as_json:
+        _print_json(found.to_json())
+    for table in () if as_json else shown(found, None if every else 25):
+        print(f"{table.title}:")
+        _print_table(table.columns, table.rows)
+        print(f"and {table.of - len(table.rows)} more: --all\n" if table.of > len(table.rows) else "")
+    for line in () if as_json else told(found):
+        print(line)
+    raise typer.Exit(1 if any(one.not_finite for one in found.checkpoints) else 0)
+
+
+@app.command()
+def doctor(
+    compiles: Annotated[bool, typer.Option("--compile/--no-compile", help="Whether to compile a tiny model.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look at versions, registration, compile caches and devices, and whether this machine compiles.
+
+    The exit code is 1 where there is a problem.
+    """
+    from foreshock.doctor import examine
+    from foreshock.progress import spinner
+
+    with spinner("looking") as now:
+        checks = list(examine(compiles=compiles, begin=now))
+    if as_json:
+        _print_json([check.to_json() for check in checks])
+    else:
+        _print_table(("", "what", "found", "what to do"), [[c.state, c.name, c.found, c.advice] for c in checks])
+    raise typer.Exit(1 if any(check.state == "problem" for check in checks) else 0)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the runs go.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="A minute or two instead of several.")] = False,
     seed: Annotated[int | None, typer.Option(help="Of the model and the batches.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a small mixture-of-experts model, break it on purpose, and show the alarms and their lead."""
     from foreshock.demo.driver import SEED, run_demo
 
-    raise typer.Exit(run_demo(out, quick, SEED if seed is None else seed))
+    raise typer.Exit(run_demo(out, quick, SEED if seed is None else seed, as_json))
 
 
 def _print_alarms(alarms: Sequence[Alarm]) -> None:

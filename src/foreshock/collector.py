@@ -17,9 +17,9 @@ from foreshock.instances import Instance, Instances
 from foreshock.memory import MemoryStore
 from foreshock.merging import Merging
 from foreshock.monitors.metrics import family
-from foreshock.records import Alarm, Array, Coverage, Probe, Reading, Site
-from foreshock.runtime import Merged, Sample
-from foreshock.shards import Local, Loose, placed
+from foreshock.records import Alarm, Array, Coverage, Reading, Site
+from foreshock.runtime import Merged, Sample, merged
+from foreshock.shards import Local, Loose
 
 # A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
 MOST_SAMPLES = 20_000
@@ -78,12 +78,14 @@ class Collector:
         self._samples: list[Sample] = []
         self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
-        self._gradients = Gradients()
+        self.gradients = Gradients()
         self._weighed = -1
         self._verdicts: dict[str, bool] = {}  # by metric, whether its family is recorded
         self._unjudged: dict[tuple[str, str | None], Reading] = {}  # of the weights, since the last judged step
         self.merging: Merging | None = None  # where the job has several ranks
         self._loose: dict[tuple[int, str, str | None], Array] = {}  # since the last flush, by step, metric and site
+        self._hushed: list[Any] = []  # sinks, while another rank speaks
+        self._resumed = 0  # the step at which training went on
 
     @property
     def trained(self) -> set[Instance]:
@@ -124,7 +126,7 @@ class Collector:
     def _read_optimizer(self, step: int, optimizer: Any) -> None:
         for monitor in self.steps:
             self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
-        self._gradients.read(step, optimizer)
+        self.gradients.read(step, optimizer)
 
     def weigh(self, step: int) -> None:
         """``step`` is over and its weights stand: ask the monitors that spread their work over the steps.
@@ -173,8 +175,9 @@ class Collector:
         with self._arriving:
             self._samples.clear()
             self._scalars.clear()
-        self._gradients.clear()
+        self.gradients.clear()
         self._loose.clear()
+        self._resumed = step
         if step > 0:
             self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
             self._guarded("writing to the store", self.store.rewind, step)
@@ -208,7 +211,7 @@ class Collector:
 
     def close(self) -> None:
         """Let go of sinks and store."""
-        for sink in self.sinks:
+        for sink in [*self.sinks, *self._hushed]:
             self._guarded(f"sink {type(sink).__name__}", sink.close)
         self._guarded("writing to the store", self.store.close)
 
@@ -227,7 +230,7 @@ class Collector:
         sums: Merged = {}
         if samples:
             self.costs.settle()
-            sums = self._charged("merging samples", _merged, samples) or {}
+            sums = self._charged("merging samples", merged, samples) or {}
             beside = self._charged("merging samples", self._beside, step) or []
             self._loose |= {(step, r.metric, r.site): r.values for r in beside}
         loose: dict[Loose, Array] = {(m, site, step - at): x for (at, m, site), x in self._loose.items() if at <= step}
@@ -244,9 +247,21 @@ class Collector:
 
     def hush(self) -> None:
         """Another rank writes and speaks for this one."""
-        for sink in self.sinks:
-            self._guarded(f"sink {type(sink).__name__}", sink.close)
-        self.store, self.sinks = MemoryStore(), []
+        self.store, self.sinks, self._hushed = MemoryStore(), [], self.sinks
+
+    def part(self, store: Store) -> None:
+        """This rank speaks for itself and writes to ``store``: it has told the others nothing yet, and will not."""
+        self._guarded("writing to the store", self.store.close)
+        self.merging, self.store, self.sinks, self._hushed = None, store, [*self.sinks, *self._hushed], []
+        if self._resumed:
+            self._guarded("writing to the store", store.rewind, self._resumed)
+        self.keep()
+
+    def keep(self) -> None:
+        """Note what waits to be told to other ranks."""
+        loose, self._loose = self._loose, {}
+        for step in sorted({at for at, _, _ in loose}):
+            self.note(step, [Reading(metric, site, x) for (at, metric, site), x in loose.items() if at == step])
 
     def conclude(
         self,
@@ -295,12 +310,12 @@ class Collector:
         return found
 
     def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
-        readings = [r for instance, sums in _merged(samples).items() for r in self.finished(instance, sums)]
+        readings = [r for instance, sums in merged(samples).items() for r in self.finished(instance, sums)]
         return [*readings, *self._beside(step)]
 
     def _beside(self, step: int) -> list[Reading]:
         """What is read once a step, of the optimizer and of the weights."""
-        readings = self._gradients.readings(step, None if self.merging is None else self.merging.world)
+        readings = self.gradients.readings(step, None if self.merging is None else self.merging.world)
         for monitor in self.weights:
             readings += self._asked(monitor, step, self._sites())
         return readings
@@ -314,7 +329,7 @@ class Collector:
         for probe in instance.probes:
             own = {name: values for (of, name), values in quantities.items() if of == probe.name}
             what = f"probe `{probe.name}` at {instance.site.id}"
-            made = self._guarded(what, _finish, probe, instance, own) if own else None
+            made = self._guarded(what, instance.finish, probe, own) if own else None
             for name, values in (made or {}).items():
                 if name in found:
                     told = f"another probe records {name} there already; give the metric a name of its own"
@@ -346,7 +361,7 @@ class Collector:
     ) -> None:
         heard, self._unjudged = [*readings, *self._unjudged.values()], {}
         raised: list[Alarm] = self._charged("judging", self.judge.update, step, heard, sites) or []
-        raised = [alarm if self.merging is None else placed(alarm, ranks, self.merging.named) for alarm in raised]
+        raised = [alarm if self.merging is None else self.merging.placed(alarm, ranks) for alarm in raised]
         for sink in self.sinks:
             self._charged(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:
@@ -374,18 +389,6 @@ class Collector:
         except Exception as error:
             self.fail(what, error)
             return None
-
-
-def _merged(samples: Sequence[Sample]) -> Merged:
-    found: Merged = {}
-    for sample in samples:
-        sample.merge_into(found)
-    return found
-
-
-def _finish(probe: Probe, instance: Instance, own: Mapping[str, Array]) -> dict[str, Array]:
-    made = probe.finish(instance.facts, own)
-    return {name: np.asarray(values, np.float64).reshape(-1) for name, values in made.items()}
 
 
 def rounded(readings: Sequence[Reading]) -> list[Reading]:

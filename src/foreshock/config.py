@@ -17,6 +17,7 @@ from typing import Any
 from foreshock.errors import ConfigError
 from foreshock.monitors.budget import STEPS_PER_FALSE_ALARM
 from foreshock.monitors.detectors.references import ALIGNMENTS
+from foreshock.monitors.sinks.names import problem as wrong_sink
 from foreshock.series import nearest
 
 FIRST_TIER = ("laws", "attention", "router", "spectra", "optim")
@@ -36,6 +37,7 @@ class Settings:
     ``steps_per_false_alarm``: healthy steps in which all tests together may be wrong once.
     ``budget``: share of a step's time that watching may take; None leaves sampling at ``every``.
     ``on_alarm`` may name several actions, separated by commas; ``debounce`` is in steps.
+    ``sinks`` are names with what they take, as in ``tensorboard:runs/tb`` (docs/sinks.md).
     """
 
     run: str | None = None
@@ -52,6 +54,7 @@ class Settings:
     merge: bool = True
     rows: int = 16
     windows: tuple[int, ...] = (10, 50)
+    sinks: tuple[str, ...] = ()
 
     def replace(self, **values: Any) -> Settings:
         """A copy with other values, checked as if read from a file; raises ConfigError."""
@@ -160,4 +163,4 @@ def _problem(key: str, value: Any) -> str:
         if family not in FAMILIES and family not in GROUPS:
             known = (*FAMILIES, *GROUPS)
             return f"names {family!r}{nearest(family, known)}; there are {', '.join(known)}"
-    return ""
+    return next(filter(None, map(wrong_sink, value)), "") if key == "sinks" else ""

@@ -15,6 +15,10 @@ class RunError(ForeshockError):
     """A run folder or store that is missing, not a store, or damaged."""
 
 
+class CheckpointError(ForeshockError):
+    """A saved checkpoint that is missing, damaged, or not of the model it is read as."""
+
+
 class PatternError(ForeshockError, ValueError):
     """A user's pattern that cannot be used as written."""
 

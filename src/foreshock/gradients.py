@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foreshock.records import Reading
+from foreshock.records import Array, Reading
 
 NORM = "optim/grad_norm"
 SHARDS = "optim/grad_square_of_shards"  # on its way to that norm
+WHOLE = "optim/grad_squares_of_parameters"  # likewise, one a parameter: of how many ranks a copy each is they learn when they meet
+_PLACES = 16  # entries of a parameter, and as many of its gradient, that tell it from others
 
 
 class Gradients:
@@ -20,28 +25,37 @@ class Gradients:
 
     def __init__(self) -> None:
         self._steps: dict[int, dict[str, list[Any]]] = {}
+        self._parameters: list[weakref.ref[Tensor]] = []  # those that ranks have whole, as they were met
+        self._places: dict[int, int] = {}
 
     def read(self, step: int, optimizer: Any) -> None:
         """``optimizer`` made ``step``."""
         self._steps = {at: found for at, found in self._steps.items() if at >= step}  # others met no sample
         found = self._steps.setdefault(step, {"lr": [], "norms": [], "squares": []})
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        dense = [g for g in gradients if g.layout is torch.strided and type(g) in (torch.Tensor, torch.nn.Parameter)]
+        owners = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        dense = [p for p in owners if p.grad.layout is torch.strided and type(p.grad) in (Tensor, torch.nn.Parameter)]
         found["lr"] += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         if dense:
-            found["norms"].append(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(dense))))
-        found["squares"] += squares(gradients)
+            norms = torch.stack(torch._foreach_norm([p.grad for p in dense]))
+            found["norms"].append((norms, [self._place(p) for p in dense]))
+        found["squares"] += squares([p.grad for p in owners])
 
     def readings(self, step: int, ranks: int | None) -> list[Reading]:
-        """Of all optimizers that made ``step``. ``ranks``: how many there are of what is told of all of them as a mean, if any."""
+        """Of all optimizers that made ``step``. ``ranks``: how many there are of what is told of all of them as a mean, if any;
+        then the squares of parameters stand in the order of `prints`."""
         found = self._steps.pop(step, None)
         self._steps = {at: of for at, of in self._steps.items() if at >= step}
         if found is None:
             return []
         readings = [Reading("optim/lr", None, np.array([max(found["lr"])]))] if found["lr"] else []
-        if found["norms"]:
-            total = float(torch.linalg.vector_norm(torch.stack([norm.float() for norm in found["norms"]])))
-            readings.append(Reading(NORM, None, np.array([total])))
+        if found["norms"] and ranks is None:
+            norms = [torch.linalg.vector_norm(of).float() for of, _ in found["norms"]]
+            readings.append(Reading(NORM, None, np.array([float(torch.linalg.vector_norm(torch.stack(norms)))])))
+        elif found["norms"]:
+            values = np.zeros(len(self._parameters))
+            for norms, places in found["norms"]:
+                values[places] = norms.double().cpu().numpy() ** 2
+            readings.append(Reading(WHOLE, None, values))
         if found["squares"] or ranks is not None:
             readings.append(Reading(SHARDS, None, np.array([(ranks or 1) * sum(map(float, found["squares"]))])))
         return readings
@@ -49,16 +63,52 @@ class Gradients:
     def clear(self) -> None:
         self._steps.clear()
 
+    def _place(self, parameter: Tensor) -> int:
+        at = self._places.get(id(parameter))
+        if at is None or self._parameters[at]() is not parameter:
+            at = self._places[id(parameter)] = len(self._parameters)
+            self._parameters.append(weakref.ref(parameter))
+        return at
+
+    def prints(self) -> list[str]:
+        """Of each parameter whose gradients were read whole: its shape, and some entries of it and of its gradient as they stand.
+        The same on ranks that hold copies, and on no others: of weights that begin alike the gradients differ."""
+        held = [(parameter(), at) for at, parameter in enumerate(self._parameters)]
+        return [f"gone {at}" if p is None else _print(p) for p, at in held]
+
+
+def copies(told: Sequence[tuple[Sequence[str], Sequence[int]]], rank: int) -> Array:
+    """Of each parameter of ``rank`` how many ranks have it, where ``told`` is what ranks have for `Gradients.prints`."""
+    holders = Counter(one for prints, ranks in told for one in set(prints) for _ in ranks)
+    return np.array([holders[one] for prints, ranks in told if rank in ranks for one in prints], float)
+
+
+@torch.no_grad()
+def _print(parameter: Tensor) -> str:
+    told = hashlib.sha256(repr(tuple(parameter.shape)).encode())
+    for x in (parameter, parameter.grad):
+        if x is not None:
+            flat = x.detach().reshape(-1)
+            told.update(flat[:: max(1, len(flat) // _PLACES)].float().cpu().numpy().tobytes())
+    return told.hexdigest()[:16]
+
 
 def squares(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Of each gradient that ranks have parts of (DTensor), this rank's share of the square of its norm, on its device."""
+    """Of each gradient that ranks have parts of (DTensor), this rank's share of the square of its norm, on its device.
+
+    A gradient is the same along a mesh's dimension where it is replicated, and on ranks of a larger mesh of others that its own
+    has no dimension for: under FSDP2 and tensor parallelism, what is not tensor parallel is on the mesh of FSDP2 alone.
+    """
     from torch.distributed.tensor import DTensor
 
+    parts = [x for x in gradients if isinstance(x, DTensor)]
+    meshes = {mesh: frozenset(mesh.mesh.flatten().tolist()) for mesh in {x.device_mesh for x in parts}}
+    around = {mesh: max(len(other) for other in meshes.values() if own <= other) for mesh, own in meshes.items()}
     found = []
-    for x in gradients:
-        if isinstance(x, DTensor):
-            copies = [size for size, at in zip(x.device_mesh.shape, x.placements, strict=True) if at.is_replicate()]
-            found.append(x.to_local().float().square().sum() / int(np.prod(copies)))
+    for x in parts:
+        replicas = [size for size, at in zip(x.device_mesh.shape, x.placements, strict=True) if at.is_replicate()]
+        copies = int(np.prod(replicas)) * around[x.device_mesh] // len(meshes[x.device_mesh])
+        found.append(x.to_local().float().square().sum() / copies)
     return found
 
 

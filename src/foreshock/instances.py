@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from foreshock.patterns import Match
 from foreshock.patterns.boundary import NO_GRADIENT
 from foreshock.patterns.experts import ROLE as EXPERTS
 from foreshock.patterns.pattern import line_of
-from foreshock.records import Facts, Probe, Site, SiteStatus, WeightView, met
+from foreshock.records import Array, Facts, Probe, Site, SiteStatus, WeightView, met
 
 _FIELDS = frozenset(field.name for field in fields(Site)) - {
     "id",
@@ -50,6 +51,11 @@ class Instance:
     def become(self, other: Instance) -> None:
         """What ``other`` says of the same site holds from now on."""
         self.site, self.facts, self.laws, self.notes = other.site, other.facts, other.laws, other.notes
+
+    def finish(self, probe: Probe, quantities: Mapping[str, Array]) -> dict[str, Array]:
+        """What ``probe`` makes of its merged quantities: 1-D float64 by metric."""
+        made = probe.finish(self.facts, quantities)
+        return {name: np.asarray(values, np.float64).reshape(-1) for name, values in made.items()}
 
     def status(self, more: tuple[str, ...] = ()) -> SiteStatus:
         """Its line of the ledger, with further notes."""

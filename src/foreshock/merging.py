@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import ast
 import datetime
-import hashlib
 import json
-import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,9 +26,13 @@ import numpy as np
 import torch
 from torch import distributed
 
+from foreshock.apart import LOSS, OF_LOSS, OWN, Apart, folded, trends_of
 from foreshock.errors import ConfigError, ForeshockError
+from foreshock.exchange import device_of, exchange, named
+from foreshock.gradients import SHARDS, WHOLE, copies
 from foreshock.instances import Instance
-from foreshock.records import Array, Probe, Reading, Site, SiteStatus
+from foreshock.records import Alarm, Array, Probe, Reading, Site, SiteStatus
+from foreshock.runtime import Merged as Sums
 from foreshock.shards import (
     LARGEST,
     Layout,
@@ -40,27 +42,27 @@ from foreshock.shards import (
     Shard,
     Whole,
     extent,
+    families,
     fingerprint,
     is_literal,
     is_told,
     joined,
+    placed,
     put,
     scale,
     side_by_side,
+    span,
     with_rank,
     without_rank,
     worst_ranks,
 )
-
-_HOST = 64  # bytes of a host's name
-_DIGEST = 32
 
 
 class Merging:
     """Merges the ranks of a job. ``launch`` and ``receive`` must be called by all of them, in turns.
 
     ``probes``: those of a kind of site, the same on every rank. ``finish(instance, sums) -> list[Reading]``. ``group``: a process
-    group of all ranks that watch; None makes one on gloo, for which ``launch`` waits for the other ranks once.
+    group of all ranks that watch; None makes one on gloo, for which `meet` waits for the other ranks once.
     """
 
     def __init__(
@@ -69,11 +71,16 @@ class Merging:
         finish: Callable[[Instance, Mapping[tuple[str, str], Array]], list[Reading]],
         *,
         fail: Callable[[str, Exception], None],
+        prints: Callable[[], list[str]] = list,
         group: Any = None,
         timeout: float = 600.0,
     ) -> None:
         self._probes, self._finish, self._fail, self._group = probes, finish, fail, group
+        self._prints = prints
+        self._parameters = 0  # of which this rank has the gradients whole
+        self._copies = np.ones(0)  # of each, how many ranks have it
         self.timeout = timeout
+        self.apart = Apart()
         self._layout = Layout({}, {})
         self._own: dict[Instance, tuple[str, int]] = {}  # where this rank's sites stand in the layout
         self._sites: dict[str | None, tuple[str, int]] = {}  # the same, by the id that they have here
@@ -83,6 +90,7 @@ class Merging:
         self._quantities: dict[Instance, dict[tuple[str, str], tuple[int, str]]] = {}
         self._flight: tuple[Local, Any, Any, list[Any]] | None = None
         self._hosts: list[str] = []
+        self._spans: list[bytes] = []  # of each rank, what stands for the ranks that hold its weights between them
         self.flushes = self.agreements = 0
 
     @property
@@ -98,10 +106,14 @@ class Merging:
     def world(self) -> int:
         return distributed.get_world_size(self._group)
 
-    def launch(self, local: Local) -> None:
-        """Begin the flush of ``local.step``."""
+    def meet(self) -> None:
+        """Make the group, at the same place on every rank; raises what torch does where that cannot be done."""
         if self._group is None:
             self._group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout))
+
+    def launch(self, local: Local) -> None:
+        """Begin the flush of ``local.step``."""
+        self.meet()
         sums, largest = (np.full(size, fill) for size, fill in zip(self._layout.sizes, (0.0, -np.inf), strict=True))
         failed: Exception | None = None
         try:
@@ -110,7 +122,7 @@ class Merging:
             sums[:], largest[:] = 0.0, -np.inf
             failed = error
         largest[:2] = local.step, -local.step
-        device = _device(self._group)
+        device = device_of(self._group)
         added, most = torch.from_numpy(sums).to(device), torch.from_numpy(largest).to(device)
         works = [
             distributed.all_reduce(added, distributed.ReduceOp.SUM, self._group, async_op=True),
@@ -124,7 +136,8 @@ class Merging:
     def _pack(self, local: Local, sums: Array, largest: Array) -> None:
         """Put everything of ``local`` that has a place into the two vectors, and whether something has none."""
         worst = {instance: self._worst(instance, of) for instance, of in local.sums.items()}
-        sums[0] = self._learn(local, worst)
+        loose = self._once(local.loose)
+        sums[0] = self._learn(local.sums, loose, worst)
         for instance, quantities in local.sums.items():
             if instance not in self._own:
                 continue
@@ -134,10 +147,17 @@ class Merging:
                 put(sums, self._layout.sums.get((*place, *name)), values)
                 put(largest, self._layout.largest.get((*place, *name)), np.where(np.isnan(values), LARGEST, values))
             for told, values in worst[instance].items():
+                if told == OWN:
+                    added, values = self.apart.tell(place, values)
+                    put(sums, self._layout.sums.get((*place, told)), added)
                 put(largest, self._layout.largest.get((*place, told)), with_rank(values, self.rank))
-        for (metric_, site, age), values in local.loose.items():
+        for (metric_, site, age), values in loose.items():
             known, number = self._sites.get(site, (site, 0))
             put(sums, self._layout.sums.get((metric_, known, age, number)), np.array([1.0, *values]))
+            if metric_ == LOSS:
+                added, far = self.apart.tell((None, 0), np.array([folded(OF_LOSS, values)]))
+                put(sums, self._layout.sums.get((OWN, metric_, known, age, number)), added)
+                put(largest, self._layout.largest.get((OWN, metric_, known, age, number)), with_rank(far, self.rank))
 
     def receive(self) -> Whole:
         """Wait for the flush that was launched. Raises what the group raises when a rank is gone or late."""
@@ -167,37 +187,63 @@ class Merging:
         steps."""
         found = []
         for status in own:
-            shards = self._layout.shards.get(self._sites.get(status.site.id, (status.site.id, 0))[0])
-            found.append(replace(status, site=joined([status.site], shards[0].whole)) if shards else status)
+            site = self.called(status.site)
+            shards = self._layout.shards.get(site.id)
+            found.append(replace(status, site=joined([site], shards[0].whole)) if shards else status)
         here = {name for name, _ in self._own.values()}
         for name, shards in self._layout.shards.items():
             if name not in here:
                 ranks = sorted({rank for shard in shards for rank in shard.holders})
-                found.append(shards[0].instance.status((f"on other ranks: {_named(ranks, self._hosts)}",)))
+                found.append(shards[0].instance.status((f"on other ranks: {named(ranks, self._hosts)}",)))
         return tuple(found)
 
-    def named(self, rank: int) -> str:
-        """A rank and the machine it is on."""
-        return _named([rank], self._hosts)
+    def called(self, site: Site) -> Site:
+        """A site of this rank under the id that it has in the run."""
+        return replace(site, id=self._sites.get(site.id, (site.id, 0))[0])
+
+    def placed(self, alarm: Alarm, ranks: Mapping[tuple[str, str | None], Array]) -> Alarm:
+        """The alarm with its rank, in words too; ``ranks``: as `Whole` has them."""
+        return placed(alarm, ranks, lambda rank: named([rank], self._hosts), self.apart.rank)
 
     # -- what this rank has ------------------------------------------------------------------------------------------
 
     def _worst(self, instance: Instance, sums: Mapping[tuple[str, str], Array]) -> dict[str, Array]:
-        """Of this rank alone, what is told of the worst one."""
-        return {r.metric: r.values for r in self._finish(instance, sums) if is_told(r.metric)}
+        """Of this rank alone, what is told of the worst one, and the readings that may stand apart."""
+        found = {r.metric: r.values for r in self._finish(instance, sums)}
+        told = {metric_: values for metric_, values in found.items() if is_told(metric_)}
+        judged = [folded(trend, found[trend.metric]) for trend in trends_of(found)]
+        return told | {OWN: np.array(judged)} if judged else told
 
-    def _learn(self, local: Local, worst: Mapping[Instance, Mapping[str, Array]]) -> bool:
+    def _once(self, loose: Mapping[Loose, Array]) -> dict[Loose, Array]:
+        """``loose`` with the squares of all gradients as one number, to which each rank adds its share of those it has whole."""
+        found = dict(loose)
+        for key, values in loose.items():
+            if key[0] == WHOLE:
+                many = np.ones(len(values))
+                many[: len(self._copies)] = self._copies[: len(values)]
+                self._parameters = max(self._parameters, len(values))
+                del found[key]
+                shards = SHARDS, *key[1:]
+                found[shards] = found.get(shards, np.zeros(1)) + self.world * (values / many).sum()
+        return found
+
+    def _learn(
+        self,
+        sums: Sums,
+        loose: Mapping[Loose, Array],
+        worst: Mapping[Instance, Mapping[str, Array]],
+    ) -> bool:
         """Whether there is something that the layout has no place for."""
-        for instance, sums in local.sums.items():
+        for instance, of_site in sums.items():
             known = self._quantities.setdefault(instance, {})
-            for (probe, name), values in sums.items():
+            for (probe, name), values in of_site.items():
                 maxima = next((p.maxima for p in instance.probes if p.name == probe), frozenset())
                 known[probe, name] = len(values), "max" if name in maxima else "sum"
             self._told.setdefault(instance, {}).update({m: len(values) for m, values in worst[instance].items()})
-        self._sizes |= {key: len(values) for key, values in local.loose.items()}
+        self._sizes |= {key: len(values) for key, values in loose.items()}
         having: set[Any] = {(i, name) for i, names in self._quantities.items() for name in names}
         having |= {(i, name) for i, names in self._told.items() for name in names} | set(self._sizes)
-        having |= {(i, *i.laws.items()) for i in self._quantities}
+        having |= {(i, *i.laws.items()) for i in self._quantities} | {self._parameters}
         news, self._known = not having <= self._known, having
         return news
 
@@ -222,69 +268,61 @@ class Merging:
                 }
             )
         loose = [[*key, size] for key, size in self._sizes.items()]
-        return json.dumps({"shards": shards, "loose": loose})
+        return json.dumps({"shards": shards, "loose": loose, "gradients": self._prints() if self._parameters else []})
 
     # -- what all have -----------------------------------------------------------------------------------------------
 
     def _agree(self) -> None:
         """Exchange what each rank has, each distinct description once, and lay out the vectors anew."""
-        mine = self._description().encode()
-        digest, host = hashlib.sha256(mine).digest(), socket.gethostname().encode()[:_HOST].ljust(_HOST)
-        device, world = _device(self._group), self.world
-        record = torch.frombuffer(bytearray(digest + host), dtype=torch.uint8).to(device)
-        records = [torch.empty_like(record) for _ in range(world)]
-        distributed.all_gather(records, record, group=self._group)
-        told = [bytes(x.cpu().tolist()) for x in records]
-        self._hosts = [one[_DIGEST:].decode(errors="replace").strip() for one in told]
-        holders: dict[bytes, list[int]] = {}
-        for rank, one in enumerate(told):
-            holders.setdefault(one[:_DIGEST], []).append(rank)
-        found = [(self._broadcast(mine, ranks[0]), ranks) for ranks in holders.values()]
+        among = span(instance.site for instance in self._quantities)
+        self._hosts, self._spans, found = exchange(self._group, self._description(), among)
         self._lay_out(found)
         self.agreements += 1
-
-    def _broadcast(self, mine: bytes, source: int) -> dict[str, Any]:
-        device, here = _device(self._group), self.rank == source
-        size = torch.tensor([len(mine) if here else 0], device=device)
-        at = source if self._group is None else distributed.get_global_rank(self._group, source)
-        distributed.broadcast(size, at, group=self._group)
-        text = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(device) if here else None
-        text = torch.empty(int(size), dtype=torch.uint8, device=device) if text is None else text
-        distributed.broadcast(text, at, group=self._group)
-        plain: dict[str, Any] = json.loads(bytes(text.cpu().tolist()))
-        return plain
 
     def _lay_out(self, found: Sequence[tuple[Mapping[str, Any], Sequence[int]]]) -> None:
         own = {(*extent(instance.site), instance.site.id): instance for instance in self._quantities}
         shards: dict[str, list[Shard]] = {}
-        prints: dict[str, dict[str | None, str]] = {}  # of each site id, what its weights are called by
+        names = self._names(found)
         loose: dict[Part, int] = {}
         self._own, self._sites = {}, {}
+        self._copies = copies([(plain["gradients"], ranks) for plain, ranks in found], self.rank)
         for plain, ranks in found:
-            here: dict[str | None, tuple[str, int]] = {}
+            here: dict[str | None, dict[tuple[str, int], None]] = {}
             for one in plain["shards"]:
                 site, first, whole = one["key"]
-                names = prints.setdefault(site, {})
-                print_ = None if whole else one["print"]
-                name = names.setdefault(print_, f"{site}@{ranks[0]}" if names else site)
-                number = next((n for n, s in enumerate(shards.get(name, [])) if s.first == first), None)
-                if number is None:
-                    shards.setdefault(name, []).append(self._shard(name, one, first, whole))
-                    number = len(shards[name]) - 1
-                here[site] = name, number
-                shard = shards[name][number]
-                shard.quantities += [tuple(q) for q in one["quantities"] if tuple(q) not in shard.quantities]
-                shard.told += [tuple(t) for t in one["told"] if tuple(t) not in shard.told]
-                shard.holders += ranks
-                if self.rank in ranks and (instance := own.get((first, whole, site))):
-                    self._own[instance] = self._sites[site] = name, number
+                for name in dict.fromkeys(names[site, rank] for rank in ranks):
+                    number = next((n for n, s in enumerate(shards.get(name, [])) if s.first == first), None)
+                    if number is None:
+                        shards.setdefault(name, []).append(self._shard(name, one, first, whole))
+                        number = len(shards[name]) - 1
+                    here.setdefault(site, {})[name, number] = None
+                    shard = shards[name][number]
+                    shard.quantities += [tuple(q) for q in one["quantities"] if tuple(q) not in shard.quantities]
+                    shard.told += [tuple(t) for t in one["told"] if tuple(t) not in shard.told]
+                    shard.holders += [rank for rank in ranks if names[site, rank] == name]
+                    if self.rank in shard.holders and (instance := own.get((first, whole, site))):
+                        self._own[instance] = self._sites[site] = name, number
             for metric_, site, age, size in plain["loose"]:
-                known, number = here.get(site, (site, 0))
-                loose[metric_, known, age, number] = size
+                for known, number in here.get(site, {(site, 0): None}):
+                    loose[metric_, known, age, number] = size
         for name, parts in shards.items():
             for before, shard in zip(self._layout.shards.get(name, ()), parts, strict=False):
                 shard.instance.sampled = shard.instance.evaluations = before.instance.sampled
         self._layout = Layout(shards, loose)
+
+    def _names(self, found: Sequence[tuple[Mapping[str, Any], Sequence[int]]]) -> dict[tuple[str, int], str]:
+        """What a site of an id on a rank is called in the whole run."""
+        told: dict[str, list[tuple[str | None, int, Sequence[int]]]] = {}
+        for plain, ranks in found:
+            for one in plain["shards"]:
+                site, _, whole = one["key"]
+                told.setdefault(site, []).append((one["print"], whole, ranks))
+        names: dict[tuple[str, int], str] = {}
+        for site, of in told.items():
+            for number, family in enumerate(families(of, self._spans)):
+                name = f"{site}@{family[0]}" if number else site
+                names |= {(site, rank): name for rank in family}
+        return names
 
     def _shard(self, name: str, plain: Mapping[str, Any], first: int, whole: int) -> Shard:
         site = replace(Site.from_json(plain["site"]), id=name)
@@ -311,6 +349,10 @@ class Merging:
         ages: dict[int, list[Reading]] = {0: readings}
         loose: dict[Loose, list[tuple[int, dict[str, Array]]]] = {}
         for metric_, site, age, number in self._layout.loose:
+            if metric_ == LOSS:
+                key = OWN, metric_, site, age, number
+                added, far = sums[self._layout.sums[key]], without_rank(largest[self._layout.largest[key]])
+                self.apart.hear((None, 0), [LOSS], added, *far)
             many, *values = sums[self._layout.sums[metric_, site, age, number]]
             if many:
                 known = self._layout.shards.get(site or "")
@@ -329,25 +371,16 @@ class Merging:
             values = vector[places[name, number, probe, quantity]]
             quantities[probe, quantity] = np.where(values == LARGEST, np.nan, values)
         found = {r.metric: r.values for r in self._finish(shard.instance, quantities)}
-        found = {m: values / scale(m, sampled) for m, values in found.items()}
+        losses = sampled * int(shard.instance.site.facts.get("losses", 1))
+        found = {m: values / scale(m, losses) for m, values in found.items()}
         worst = {}
         for metric_, _ in shard.told:
             values, ranks = without_rank(largest[self._layout.largest[name, number, metric_]])
+            if metric_ == OWN:
+                metrics = [trend.metric for trend in trends_of(found)]
+                self.apart.hear((name, number), metrics, sums[self._layout.sums[name, number, metric_]], values, ranks)
+                continue
             worst[metric_] = values, ranks
             if metric_.startswith("law/"):
                 found[metric_] = values
         return found, worst
-
-
-def _named(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    told = [f"{rank} ({hosts[rank]})" if rank < len(hosts) else str(rank) for rank in ranks[:3]]
-    more = f" and {len(ranks) - 3} more" if len(ranks) > 3 else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(told)}{more}"
-
-
-def _device(group: Any) -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if distributed.get_backend(group) == "nccl"
-        else torch.device("cpu")
-    )

@@ -59,13 +59,20 @@ def examples(target: str, args: Sequence[str] = ()) -> Sequence[Callable[[], Exa
 
 def survey(target: str, args: Sequence[str], prepare: Callable[[Watch], None]) -> Coverage:
     """The ledger of one forward pass of the model that ``target`` names. Raises `ConfigError` if there is no way to run it."""
+    return captured(target, args, prepare)[1]
+
+
+def captured(
+    target: str, args: Sequence[str] = (), prepare: Callable[[Watch], None] = lambda watch: None
+) -> tuple[torch.nn.Module, Coverage]:
+    """As `survey`, with the module, which the views of the ledger read as long as it is held."""
     failures: list[Exception] = []
     for example in examples(target, args):
         torch.compiler.reset()
         try:
             found = example()
             with _torch.constants_allowed() if found.is_meta() else nullcontext():
-                return model_survey(found.module, found.args, found.kwargs, prepare)
+                return found.module, model_survey(found.module, found.args, found.kwargs, prepare)
         except ConfigError as error:
             failures.insert(0, error)
         except Exception as error:

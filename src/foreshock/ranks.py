@@ -9,20 +9,21 @@ from torch import distributed
 
 from foreshock.agreement import is_shared
 from foreshock.clock import StepClock
-from foreshock.collector import Collector
+from foreshock.collector import Collector, Store
 from foreshock.cost import SAMPLING
 from foreshock.merging import Merging
 from foreshock.records import Probe
 
 AT_EXIT = 10.0  # the same where a process ends without having closed its watch
+ALONE = "making a gloo group of all ranks; each goes on watching for itself, in a folder of its own as with merge=False"
 TIMEOUT = 600.0  # seconds after which a rank that does not answer is given up: it may still compile
 
 
 class Ranks:
     """Decides, the same on every rank, which steps are merged and when.
 
-    ``wanted``: whether ranks are to be watched as one run. ``group``: the process group of them; None makes one. ``exchanged``: the
-    step before which everything was told.
+    ``wanted``: whether ranks are to be watched as one run. ``group``: the process group of them; None makes one. ``alone()`` is the
+    store of a rank that goes on by itself. ``exchanged``: the step before which everything was told.
     """
 
     def __init__(
@@ -35,20 +36,26 @@ class Ranks:
         fail: Callable[[str, Exception], None],
         wanted: bool,
         group: Any,
+        alone: Callable[[], Store],
     ) -> None:
         self._collector, self._clock, self._probes = collector, clock, probes
         self._is_sampled, self._weigh, self._fail = is_sampled, weigh, fail
-        self._wanted, self._group = wanted, group
+        self.wanted, self._group, self._alone = wanted, group, alone
         self.exchanged = 0
         self.given_up = False
 
     def are_one(self) -> bool:
         """Whether this process is a rank of a job that is watched as one; from the first step on at which it is known to be."""
         collector = self._collector
-        if collector.merging is None and self._wanted and is_shared():
+        if collector.merging is None and self.wanted and is_shared():
             collector.finish(self._clock.step)
             collector.merging = Merging(
-                self._probes, collector.finished, fail=self._fail, group=self._group, timeout=TIMEOUT
+                self._probes,
+                collector.finished,
+                fail=self._fail,
+                prints=collector.gradients.prints,
+                group=self._group,
+                timeout=TIMEOUT,
             )
             self.exchanged = self._clock.step
             if distributed.get_rank() > 0:
@@ -67,6 +74,8 @@ class Ranks:
         if settle and not sampled and not self._has_met():
             return
         self._weigh(step - 1)
+        if not self._meet():
+            return
         try:
             with self._collector.working, self._collector.costs.of(SAMPLING):
                 self._tell(sampled, step - 1 if settle else None)
@@ -83,6 +92,18 @@ class Ranks:
         """Let go of what is under way: training goes on elsewhere."""
         if self._collector.merging is not None:
             self._collector.merging.drop()
+
+    def _meet(self) -> bool:
+        """Whether there is a group to tell each other through. Where none can be made each rank goes on by itself."""
+        assert self._collector.merging is not None
+        try:
+            self._collector.merging.meet()
+            return True
+        except Exception as error:
+            self.wanted = False
+            self._collector.part(self._alone())
+            self._fail(ALONE, error)
+            return False
 
     def _has_met(self) -> bool:
         """Whether the ranks have told each other anything yet."""

@@ -291,7 +291,7 @@ class Alarm:
 
     ``confidence`` in the mechanism: "proved" by an identity, "likely" where two symptoms agree, "possible" where one speaks alone.
     ``onset_interval``: it began after the first of these steps and not after the second; without one, at the onset alone.
-    ``ranks``: in a distributed job, where a law was broken worst; empty where no rank stands out.
+    ``ranks``: in a distributed job, where a law was broken worst, or whose readings alone stand apart; empty where no rank does.
     """
 
     step: int

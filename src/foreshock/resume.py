@@ -19,8 +19,9 @@ VERSION = 1
 Fail = Callable[[str, Exception], None]
 
 
-def save(clock: Any, parts: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
-    """The state of this rank: Python's own values and tensors only. A part that cannot be saved is left out and reported."""
+def save(clock: Any, parts: Mapping[str, Any], fail: Fail, merged: bool = True) -> dict[str, Any]:
+    """The state of this rank: Python's own values and tensors only. A part that cannot be saved is left out and reported.
+    ``merged``: whether ranks are watched as one run."""
     rank, ranks = this_rank()
     saved = {}
     for name, part in parts.items():
@@ -28,7 +29,7 @@ def save(clock: Any, parts: Mapping[str, Any], fail: Fail) -> dict[str, Any]:
             saved[name] = plain(part.state_dict())
         except Exception as error:
             fail(f"saving the state of the {name}", error)
-    shared = {"version": VERSION, "ranks": ranks, "clock": clock.state_dict()}
+    shared = {"version": VERSION, "ranks": ranks, "merged": merged, "clock": clock.state_dict()}
     return {"shared": (shared,), f"rank{rank}": ({"step": clock.step, "parts": saved},)}
 
 
@@ -61,7 +62,8 @@ def restore(
     alike: Collection[str] = (),
 ) -> None:
     """Hand each part what this rank saved. Where it saved nothing, or something of another step, all parts begin anew, but those
-    that are ``alike`` on all ranks: they go on with what any rank saved."""
+    that are ``alike`` on all ranks: they go on with what any rank saved. Where ranks were watched as one run and no longer are, or
+    the other way round, what they heard was of other series: what judges begins anew."""
     rank, ranks = this_rank()
     try:
         (shared,), (own,) = state["shared"], state.get(f"rank{rank}", ({},))
@@ -71,6 +73,8 @@ def restore(
         )  # a checkpoint without it leaves what the watch filled in itself when it was loaded
         others = (entry[0] for name, entry in state.items() if name.startswith("rank"))
         any_rank: Mapping[str, Any] = next((other["parts"] for other in others if other.get("step") == step), {})
+        turned = min(before, ranks) > 1 and bool(shared.get("merged", True)) != bool(alike)
+        any_rank = {} if turned else any_rank
         saved = own["parts"] if there else {name: part for name, part in any_rank.items() if name in alike}
     except Exception as error:
         fail(f"resuming; what rank {rank} knew begins anew", error)
@@ -80,12 +84,29 @@ def restore(
         note(
             f"{changed}of rank {rank} there is no state, so its {'' if saved else 'detectors and '}weight snapshots begin anew"
         )
-    elif before != ranks:
+    if turned:
+        told = (
+            "what each rank heard for itself, and now they are one run"
+            if alike
+            else "one run, and now each is for itself"
+        )
+        note(f"{changed}the state is of {told}: detectors begin anew, alarms and weight snapshots go on")
+        saved = _turned(saved, bool(alike))
+    elif there and before != ranks:
         left = ", and what the other ranks knew is left" if before > ranks else ""
         note(f"{changed}rank {rank} goes on with what it knew{left}")
     for name, part in parts.items():
         if name in saved:
             _load(name, part, saved[name], fail)
+    if turned and not alike and "collector" in parts:
+        parts["collector"].keep()  # it waited for ranks that do not meet any more
+
+
+def _turned(saved: Mapping[str, Any], together: bool) -> dict[str, Any]:
+    """``saved`` without what was concluded from series that are no more; and where ranks must act ``together``, without when each
+    last did."""
+    kept = {name: part for name, part in saved.items() if name not in ("bias law", "judge", *["actions"] * together)}
+    return kept | {"collector": {**saved["collector"], "unjudged": []}} if "collector" in saved else kept
 
 
 def _load(name: str, part: Any, saved: Any, fail: Fail) -> None:

@@ -1,12 +1,13 @@
 """Runs a training script unchanged, except that whatever it compiles with inductor is watched.
 
-``foreshock run script.py --its --flags`` and ``python -m foreshock.run script.py --its --flags`` are the same. The script is
-``__main__`` with its own arguments, import path, exit code and tracebacks.
+``foreshock run script.py --its --flags`` and ``python -m foreshock.run script.py --its --flags`` are the same, and so are both with
+``-m package.module``. The script is ``__main__`` with its own arguments, import path, exit code and tracebacks.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import runpy
 import sys
@@ -22,27 +23,62 @@ from foreshock.config import PREFIX, load_settings
 from foreshock.errors import ConfigError
 
 if TYPE_CHECKING:
+    from foreshock.eager import Eager
     from foreshock.watch import Watch
+
+log = logging.getLogger("foreshock")
+
+
+MOST_NAMES = 12  # of classes, in one line
 
 
 @dataclass(slots=True)
 class Outcome:
-    """How a script went: its exit code, the watch over what it compiled, and the backends that were left alone."""
+    """How a script went: its exit code, the watch over what it compiled, and the backends that were left alone.
+
+    ``interrupted``: a KeyboardInterrupt ended it. ``eager``: what was to be compiled besides.
+    """
 
     code: int = 0
     watch: Watch | None = None
     left_alone: set[str] = field(default_factory=set)
+    interrupted: bool = False
+    eager: Eager | None = None
 
     def summary(self) -> list[str]:
-        """Two lines for the terminal: the alarms, and where the run is."""
+        """Lines for the terminal: what was compiled for the watch, the alarms or what to do about their lack, where the run is."""
+        return [*self._compiled(), *self._heard()]
+
+    def _compiled(self) -> list[str]:
+        eager = self.eager
+        if eager is None:
+            return []
+        if eager.compiled:
+            return [
+                "left eager by the script and compiled: "
+                + ", ".join(f"{n} {name}" for name, n in eager.compiled.items())
+            ]
+        if not eager.trained:
+            return [
+                f"--compile-eager {eager.wanted} compiled nothing: no optimizer of torch held a module's parameters"
+            ]
+        names = ", ".join(list(eager.trained)[:MOST_NAMES]) + ", ..." * (len(eager.trained) > MOST_NAMES)
+        return [f"--compile-eager {eager.wanted} compiled nothing of what is trained and called as a module: {names}"]
+
+    def _heard(self) -> list[str]:
         if self.watch is None:
             others = f" (left alone: {', '.join(sorted(self.left_alone))})" if self.left_alone else ""
-            return [f"nothing was watched: no torch.compile of the script used inductor{others}", "no run was kept"]
+            what = f"nothing was watched: no torch.compile of the script used inductor{others}"
+            return [what if self.eager else f"{what}; --compile-eager auto compiles what it trains", "no run was kept"]
         alarms, run = self.watch.alarms, self.watch.settings.run
-        first = f"{len(alarms)} alarm{'s' * (len(alarms) > 1)}; the first: {alarms[0].message}" if alarms else ""
-        count = len(self.watch.sites)
-        quiet = f"no alarm at {count} site{'s' * (count != 1)} in {self.watch.step} steps"
         kept = f"run kept in {run}; see it with: foreshock report {run}" if run else "run not kept; --run DIR keeps it"
+        count = len(self.watch.sites)
+        if not count:
+            told = "nothing was watched: no attention and no router ran in what was compiled"
+            hint = "" if self.eager else ", and --compile-eager auto compiles what the script leaves eager"
+            return [f"{told}; foreshock sites says what was met instead{hint}", kept]
+        first = f"{len(alarms)} alarm{'s' * (len(alarms) > 1)}; the first: {alarms[0].message}" if alarms else ""
+        quiet = f"no alarm at {count} site{'s' * (count != 1)} in {self.watch.step} steps"
         return [" ".join((first or quiet).split()), kept]
 
 
@@ -50,6 +86,8 @@ def launch(
     script: str,
     args: Sequence[str],
     *,
+    module: bool = False,
+    compile_eager: str | None = None,
     run: str | None = None,
     every: int | None = None,
     strict: bool = False,
@@ -57,42 +95,68 @@ def launch(
 ) -> Outcome:
     """Run ``script`` with ``args``, watched by the process-wide default watch, which is closed at the end.
 
+    ``module``: ``script`` is a module's name, as for Python's ``-m``. ``compile_eager``: what is compiled as well, for `Eager`.
     ``prepare(watch)`` is called before anything is captured.
     Raises ConfigError, before anything runs, for a script that does not exist or settings that are wrong. What the script
     itself raises is printed as Python would print it, and told by the exit code.
     """
-    if not Path(script).is_file():
-        raise ConfigError(f"running {script}: there is no such file; give the path of a Python script")
+    if not module and not Path(script).is_file():
+        raise ConfigError(
+            f"running {script}: there is no such file; give the path of a Python script, or -m and a module"
+        )
     outcome = Outcome()
     given = {"RUN": run, "EVERY": None if every is None else str(every), "STRICT": "true" if strict else None}
     with _environment({f"{PREFIX}{key}": value for key, value in given.items() if value is not None}):
         load_settings()
-        with _watched(outcome, prepare), _arguments(script, args):
+        with _watched(outcome, prepare, compile_eager), _arguments(script, args, module):
             try:
-                runpy.run_path(script, run_name="__main__")
+                if module:
+                    runpy.run_module(script, run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(os.path.abspath(script), run_name="__main__")  # as Python gives it its __file__
             except SystemExit as leaving:
                 outcome.code = _code(leaving)
             except BaseException as error:
                 shown = error.with_traceback(_own(error.__traceback__))
+                if module and isinstance(error, ImportError) and shown.__traceback__ is None:
+                    raise ConfigError(f"running -m {script}: {error}") from None
                 sys.excepthook(type(shown), shown, shown.__traceback__)
-                outcome.code = 130 if isinstance(error, KeyboardInterrupt) else 1
+                outcome.interrupted = isinstance(error, KeyboardInterrupt)
+                outcome.code = 130 if outcome.interrupted else 1
             finally:
                 if outcome.watch is not None:
                     outcome.watch.close()
     return outcome
 
 
+def speaks(outcome: Outcome) -> bool:
+    """Whether this process has something to say at the end: of merged ranks it is the first that does."""
+    merged = outcome.watch is None or outcome.watch.settings.merge
+    return not merged or os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
-def _watched(outcome: Outcome, prepare: Callable[[Watch], None]) -> Iterator[None]:
+def _watched(outcome: Outcome, prepare: Callable[[Watch], None], compile_eager: str | None) -> Iterator[None]:
     """`torch.compile` with foreshock where inductor would be; ``Module.compile`` and the decorator go through it as well."""
     import torch
+    from torch import distributed
 
-    plain = torch.compile
-    torch.compile = _watching(plain, outcome, prepare)
+    from foreshock.eager import Eager
+
+    replaced: list[tuple[Any, str, Any]] = [(torch, "compile", _watching(torch.compile, outcome, prepare))]
+    if distributed.is_available():
+        replaced.append((distributed, "destroy_process_group", _closing(distributed.destroy_process_group, outcome)))
+    if compile_eager is not None:
+        outcome.eager = Eager(compile_eager)
+        replaced.append((torch.optim.Optimizer, "__init__", _meeting(torch.optim.Optimizer.__init__, outcome.eager)))
+    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        torch.compile = plain
+        for owner, name, value in plain:
+            setattr(owner, name, value)
 
 
 def _watching(plain: Callable[..., Any], outcome: Outcome, prepare: Callable[[Watch], None]) -> Callable[..., Any]:
@@ -102,6 +166,9 @@ def _watching(plain: Callable[..., Any], outcome: Outcome, prepare: Callable[[Wa
 
     @functools.wraps(plain)
     def compile_watched(model: Any = None, **options: Any) -> Any:
+        compiled = getattr(model, "__self__", model)  # `Module.compile` compiles a method
+        if outcome.eager is not None and isinstance(compiled, torch.nn.Module):
+            outcome.eager.disarm(compiled)
         backend = options.get("backend") or torch.compiler.get_default_backend()
         if backend in ("inductor", "foreshock", foreshock.instrumented):
             if outcome.watch is None:
@@ -115,6 +182,30 @@ def _watching(plain: Callable[..., Any], outcome: Outcome, prepare: Callable[[Wa
         return plain(model, **options)
 
     return compile_watched
+
+
+def _closing(plain: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:
+    """What ranks have to tell each other must be told before the script takes their process group away."""
+
+    @functools.wraps(plain)
+    def destroy_process_group(group: Any = None) -> Any:
+        if group is None and outcome.watch is not None:
+            outcome.watch.close()
+        return plain(group)
+
+    return destroy_process_group
+
+
+def _meeting(plain: Callable[..., None], eager: Eager) -> Callable[..., None]:
+    @functools.wraps(plain)
+    def built(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        plain(optimizer, *args, **kwargs)
+        try:
+            eager.meet(optimizer)
+        except Exception:
+            log.warning("looking for modules to compile; they stay eager", exc_info=True)
+
+    return built
 
 
 @contextmanager
@@ -131,12 +222,12 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _arguments(script: str, args: Sequence[str]) -> Iterator[None]:
+def _arguments(script: str, args: Sequence[str], module: bool) -> Iterator[None]:
     """The arguments and the import path that the script would have alone."""
     before = sys.argv, sys.path
     sys.argv = [script, *args]
-    rest = sys.path if sys.flags.safe_path else sys.path[1:]
-    sys.path = [*([] if sys.flags.safe_path else [str(Path(script).resolve().parent)]), *rest]
+    first = os.getcwd() if module else str(Path(script).resolve().parent)
+    sys.path = list(sys.path) if sys.flags.safe_path else [first, *sys.path[1:]]
     try:
         yield
     finally:

@@ -44,6 +44,14 @@ class Sample:
             _merge(merged, self.instances, self.backward, gradient)
 
 
+def merged(samples: Sequence[Sample]) -> Merged:
+    """What the calls of a step measured together."""
+    found: Merged = {}
+    for sample in samples:
+        sample.merge_into(found)
+    return found
+
+
 def _take_gradient(transfer: Transfer, gradients: list[Read], fail: Fail, slot: torch.Tensor) -> None:
     """Each backward's statistics by themselves: a second one would be added to the first, maxima too."""
     try:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from foreshock import _torch
+from foreshock.apart import LOSS, OWN
 from foreshock.errors import ForeshockError
 from foreshock.instances import Instance
 from foreshock.monitors.metrics import metric
-from foreshock.records import Alarm, Array, Facts, Reading, Site
+from foreshock.records import Alarm, Array, Facts, Reading, Site, local
 from foreshock.runtime import Merged as Sums
 
 LARGEST = float(np.finfo(np.float64).max)  # stands for NaN, which a maximum on the way would lose
@@ -83,9 +85,13 @@ class Layout:
                         self.sums[site, number, probe, name] = slice(at, at := at + size)
                 for name, size in shard.told:
                     self.largest[site, number, name] = slice(top, top := top + size)
+                    if name == OWN:
+                        self.sums[site, number, name] = slice(at, at := at + 3 * size)
                 self.sums[site, number] = slice(at, at := at + 1)  # ranks that sampled it
         for key in sorted(self.loose, key=repr):
             self.sums[key] = slice(at, at := at + 1 + self.loose[key])
+            if key[0] == LOSS:
+                self.sums[OWN, *key], self.largest[OWN, *key] = slice(at, at := at + 3), slice(top, top := top + 1)
         self.sizes = at, top
 
 
@@ -194,24 +200,66 @@ def _rule(name: str) -> tuple[str, str]:
 
 
 def fingerprint(site: Site) -> str | None:
-    """Of the weights as they stand, the same on ranks that hold copies; None where they cannot be read now."""
+    """Of the weights as they stand (of a `DTensor` this rank's part), the same on ranks that hold copies; None where they cannot be
+    read now."""
     found = []
-    for view in (site.q_weight, site.k_weight, site.weight):
-        for x in (view.held() or ()) if view is not None else ():
-            whole = type(x) in (torch.Tensor, torch.nn.Parameter) and x.untyped_storage().nbytes()
-            if not whole:
-                return None
-            found.append(x.detach().reshape(-1)[:_PRINT].double().cpu().numpy().tobytes())
+    for x in map(local, _weights(site)):
+        stands = type(x) in (torch.Tensor, torch.nn.Parameter) and x.untyped_storage().nbytes()
+        if not stands:
+            return None
+        found.append(x.detach().reshape(-1)[:_PRINT].double().cpu().numpy().tobytes())
     return hashlib.sha256(b"".join(found)).hexdigest()[:16] if found else None
 
 
-def placed(alarm: Alarm, ranks: Mapping[tuple[str, str | None], Array], named: Callable[[int], str]) -> Alarm:
-    """The alarm with the rank on which its number was the worst, where that is known."""
+def span(sites: Iterable[Site]) -> tuple[int, ...]:
+    """The ranks that hold weights of ``sites`` between them; none where every rank that has one has it whole."""
+    gathered = {id(found.whole): found.mesh for found in _torch.gathered_parameters()}
+    ranks: set[int] = set()
+    for x in (x for site in sites for x in _weights(site)):
+        ranks.update(gathered.get(id(x), ()))
+        if hasattr(x, "device_mesh"):
+            ranks.update(x.device_mesh.mesh.flatten().tolist())
+    return tuple(sorted(ranks))
+
+
+def _weights(site: Site) -> list[torch.Tensor]:
+    views = [view for view in (site.q_weight, site.k_weight, site.weight) if view is not None]
+    return [x for view in views for x in view.held() or ()]
+
+
+def families(told: Iterable[tuple[str | None, int, Sequence[int]]], spans: Sequence[bytes]) -> list[list[int]]:
+    """The ranks that have a site of one id, by which site that is; the family of the first rank in front.
+
+    Of one are ranks whose weights are the same as they stand, or parts of the same tensors. ``told``: the print of the weights, how
+    many heads or experts the whole site has where ranks have parts, and the ranks that told so. ``spans``: of each rank of the
+    job, what stands for the ranks that hold its weights between them; empty where it has its weights whole.
+    """
+    found: list[tuple[set[Any], set[int]]] = []
+    for known_by, whole, ranks in told:
+        for shared in {spans[rank] for rank in ranks}:
+            marks: set[Any] = {mark for mark in (known_by, shared) if mark} if shared or not whole else {whole}
+            marks, own = marks or {None}, {rank for rank in ranks if spans[rank] == shared}
+            kin = [family for family in found if not family[0].isdisjoint(marks)]
+            found = [family for family in found if family not in kin]
+            found.append((marks.union(*(of for of, _ in kin)), own.union(*(of for _, of in kin))))
+    return sorted(sorted(ranks) for _, ranks in found)
+
+
+def placed(
+    alarm: Alarm,
+    ranks: Mapping[tuple[str, str | None], Array],
+    named: Callable[[int], str],
+    apart: Callable[[str, str | None], int | None],
+) -> Alarm:
+    """The alarm with the rank where its number was the worst, or whose own readings alone stand ``apart``, if that is known."""
     at = ranks.get((alarm.metric, alarm.site))
     part = next((x for x in (alarm.head, alarm.expert) if x is not None), 0)
-    rank = -1 if at is None else int(at[min(part, len(at) - 1)])
-    if rank < 0:
+    rank: int | None = -1 if at is None else int(at[min(part, len(at) - 1)])
+    where = "worst on {}"
+    if rank == -1:
+        rank, where = apart(alarm.metric, alarm.site), "{} alone stands apart"
+    if rank is None:
         return alarm
-    where = f"worst on {named(rank)}"
-    message = f"{alarm.message} {where.capitalize()}."
-    return replace(alarm, ranks=(rank,), evidence=(*alarm.evidence, where), message=message)
+    told = where.format(named(rank))
+    message = f"{alarm.message} {told[0].upper()}{told[1:]}."
+    return replace(alarm, ranks=(rank,), evidence=(*alarm.evidence, told), message=message)

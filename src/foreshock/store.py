@@ -26,6 +26,7 @@ import numpy as np
 
 from foreshock.agreement import this_rank
 from foreshock.errors import RunError
+from foreshock.memory import MemoryStore
 from foreshock.pending import MOST_BYTES, Key, Pending
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Array, Coverage, Reading
@@ -379,8 +380,11 @@ def _stores() -> weakref.WeakSet[RunStore]:
     return known
 
 
-def store_of_this_rank(run: str, merged: bool) -> RunStore:
-    """Where a process of a distributed job keeps its run: ``RUN/rank3``, but of ranks that are merged the first has ``RUN``."""
+def store_of_this_rank(run: str | None, merged: bool) -> RunStore | MemoryStore:
+    """Where a process of a distributed job keeps its run: ``RUN/rank3``, but of ranks that are merged the first has ``RUN``. None
+    is kept in memory."""
+    if run is None:
+        return MemoryStore()
     rank, ranks = this_rank()
     alone = ranks < 2 or (merged and rank == 0)
     return RunStore(run if alone else os.path.join(run, f"rank{rank}"), anew=True)

@@ -23,8 +23,7 @@ from foreshock.cost import SAMPLING, SPECTRA, Costs
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instance, Instances
 from foreshock.masters import Masters
-from foreshock.memory import MemoryStore
-from foreshock.monitors import BiasLaw, ConsoleSink, Judge, RouterWeights, SharedRouterWeights, Spectra
+from foreshock.monitors import BiasLaw, Judge, RouterWeights, SharedRouterWeights, Spectra, receivers
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
 from foreshock.monitors.step_monitor import StepMonitor
 from foreshock.monitors.tiers import probes as built_in
@@ -62,7 +61,7 @@ class Watch:
         on_alarm: "warn", "raise" (`AlarmRaised`), "stop" (sets ``stop_requested``), a callable taking the `Alarm`, or a row of
             these; in a distributed job "raise" and "stop" happen on all ranks at one step (docs/acting.md).
         debounce: steps in which further alarms of a mechanism, at other sites, do not act again.
-        sinks: more receivers of readings and alarms.
+        sinks: more receivers of readings and alarms, beside those of the settings; objects, or names (docs/sinks.md).
         strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
         merge: in a job of several ranks, what they measure is merged into one run, which rank 0 writes (True; docs/ranks.md); it
             takes a watch on every rank. False: each rank watches for itself, into ``RUN/rank3``.
@@ -140,7 +139,7 @@ class Watch:
         self._process = os.getpid()
         self.costs = Costs(waits=self.settings.budget is not None)
         where = self.settings.run
-        store: Store = MemoryStore() if where is None else store_of_this_rank(where, self.settings.merge)
+        store: Store = store_of_this_rank(where, self.settings.merge)
         healthy = [open_run(path) for path in self.settings.baseline]
         own = [m for m in monitors if not isinstance(m, str)]
         self.masters = Masters()
@@ -177,7 +176,7 @@ class Watch:
                 steps_per_false_alarm=self.settings.steps_per_false_alarm,
                 align=self.settings.align,
             ),
-            sinks=[ConsoleSink(), *sinks],
+            sinks=receivers(self.settings.sinks, sinks),
             on_alarm=lambda alarm: self.acting.hear(alarm, self.clock.step),
             fail=self.fail,
             costs=self.costs,
@@ -191,6 +190,7 @@ class Watch:
             self.fail,
             self.settings.merge,
             group,
+            partial(store_of_this_rank, where, False),
         )
         built = {"bias law": bias, "spectra": self._spectra, "judge": self.collector.judge}
         built |= {"collector": self.collector, "actions": self.acting, "pace": self.pace}
@@ -209,7 +209,8 @@ class Watch:
     @property
     def sites(self) -> list[Site]:
         """Every site that ran, one for each distinct weight set."""
-        return [instance.site for instance in self.instances]
+        merging = self.collector.merging
+        return [i.site if merging is None else merging.called(i.site) for i in self.instances]
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -313,7 +314,7 @@ class Watch:
         """
         self._catch_up()
         self.collector.flush()
-        return resume.save(self.clock, self._parts, self.fail)
+        return resume.save(self.clock, self._parts, self.fail, self.ranks.wanted)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, before the model is compiled or after; best before the first step.
@@ -326,7 +327,7 @@ class Watch:
         self._finished = self.ranks.exchanged = self.clock.step
         self.ranks.drop()
         self.collector.rewind(self.clock.step)
-        alike = SAME_ON_RANKS if self.settings.merge else ()
+        alike = SAME_ON_RANKS if self.ranks.wanted else ()
         resume.restore(state, self._parts, self._reports.note, self.fail, alike)
         self._spectra.stride = self.pace.periods.get(SPECTRA, self._spectra.stride)
 

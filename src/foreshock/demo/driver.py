@@ -1,7 +1,9 @@
 """`foreshock demo`: one small model trained healthy and with faults, and how far the first alarm leads the loss."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -45,12 +47,12 @@ class Outcome:
     sites: dict[str, str]  # site id -> module path
 
 
-def run_demo(out: Path, quick: bool = False, seed: int = SEED) -> int:
-    """Train every scenario under ``out`` and print the table.
+def run_demo(out: Path, quick: bool = False, seed: int = SEED, as_json: bool = False) -> int:
+    """Train every scenario under ``out`` and print the table; ``as_json``: that on stderr, and JSON on stdout.
 
     Returns 0 if each fault was heard and named before the loss departed and the healthy run was silent, else 1.
     """
-    console = Console()
+    console = Console(stderr=as_json)
     plan = QUICK if quick else FULL
     corpus = standard_library()
     console.print(
@@ -63,7 +65,9 @@ def run_demo(out: Path, quick: bool = False, seed: int = SEED) -> int:
     torch.set_num_threads(1)  # one thread makes the healthy run an exact twin of each faulty run up to the fault
     columns = TextColumn("{task.description:>18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     try:
-        with Progress(*columns, TextColumn("{task.fields[loss]}"), console=console) as progress:
+        bars = Console(stderr=True)
+        loss = TextColumn("{task.fields[loss]}")
+        with Progress(*columns, loss, console=bars, disable=not bars.is_terminal) as progress:
             outcomes = {
                 name: _watched(name, out / name, plan, seed, corpus, progress) for name in ("none", *plan.faults)
             }
@@ -76,6 +80,8 @@ def run_demo(out: Path, quick: bool = False, seed: int = SEED) -> int:
     report = out / f"{plan.faults[0]}.html"
     write_report(foreshock.open_run(out / plan.faults[0]), report)
     console.print(f"runs:   {out.resolve()}\nreport: {report.resolve()}", soft_wrap=True)
+    if as_json:
+        print(json.dumps(_plain(healthy, outcomes, departures), indent=2))
     heard = all(
         _in_time(outcome.alarms, EXPECTED[name], plan.at, departures[name]) for name, outcome in outcomes.items()
     )
@@ -120,6 +126,22 @@ def _table(healthy: Outcome, faulty: dict[str, Outcome], departures: dict[str, i
             str(departed - heard[0].step) if heard and departed is not None else "",
         )
     return table
+
+
+def _plain(
+    healthy: Outcome, faulty: dict[str, Outcome], departures: dict[str, int | None]
+) -> dict[str, dict[str, Any]]:
+    """The table for programs."""
+    return {
+        name: {
+            "departs": departures.get(name),
+            "alarms": [
+                {"step": a.step, "onset": a.onset, "mechanism": a.mechanism, "site": a.site, "message": a.message}
+                for a in outcome.alarms
+            ],
+        }
+        for name, outcome in {"healthy": healthy, **faulty}.items()
+    }
 
 
 def _first_of_each_mechanism(alarms: list[foreshock.Alarm]) -> list[foreshock.Alarm]:

@@ -1,26 +1,14 @@
-"""Where alarms and readings go."""
+"""Alarms as log lines."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 from foreshock.records import Alarm, Reading
 
 log = logging.getLogger("foreshock")
 LEVELS = {"critical": logging.CRITICAL, "warning": logging.WARNING}
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """Receives every alarm and the readings of every sampled step; an error in a sink never reaches training."""
-
-    def alarm(self, alarm: Alarm) -> None: ...
-
-    def readings(self, step: int, readings: Sequence[Reading]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class ConsoleSink:
