@@ -34,9 +34,10 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 
-# docs/ as a web site in build/site, which opens from the disk; a link that leads nowhere is an error.
+# docs/ as a web site in build/site, which opens from the disk; a link that leads nowhere is an error. Without --quiet, under
+# which mkdocs counts no warnings and --strict lets everything pass.
 site: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The tables of docs/log.md that say what watching costs, one after the other; each with JSON in build/bench.
 bench: $(READY)
