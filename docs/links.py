@@ -2,11 +2,12 @@
 
 So pages link to each other and to the repository as on GitHub, ``[resume.py](../examples/resume.py)``, and the site needs no
 address of a repository. Markdown is shown as it is, every other file as code. A link to a file that does not exist is left alone,
-and mkdocs reports it.
+and mkdocs reports it. A page that would fetch something from elsewhere is reported too.
 """
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 OUTSIDE = "repository"  # the folder of such pages in the site
 CODE = r"^(?P<fence>`{3,}).*?^(?P=fence)`*$|`[^`\n]+`"  # where brackets are no links
 LINK = re.compile(rf"{CODE}|(?<=\]\()(?![a-z]+:|#)(?P<to>[^)#\s]+)", re.MULTILINE | re.DOTALL)
+FETCHED = re.compile(r"<(?:script|img|link|iframe|source)\b[^>]*\b(?:src|href)=\"?(https?://[^\"\s>]+)")
 ALWAYS = ("CONTRIBUTING.md", "CHANGELOG.md")  # in the navigation
 
 
@@ -50,6 +52,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         )
 
     return LINK.sub(inside, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Report what the page as written would fetch; ``--strict`` makes an error of it."""
+    for address in FETCHED.findall(output):
+        logging.getLogger("mkdocs.hooks").warning("%s fetches %s", page.file.src_uri, address)
+    return output
 
 
 def _leaving(page: File) -> list[str]:
