@@ -58,7 +58,11 @@ def test_each_link_leads_to_something(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_formula_is_taken_for_a_tag(page: Path) -> None:
     tags = re.findall(r"<(?!!--)/?[^\s<]*", CODE.sub("", page.read_text(encoding="utf-8")))
-    assert [tag for tag in tags if not re.match(r"</?(img|br|p|div|details|summary|picture|source|https?:|\d|=|-)", tag + " ")] == []
+    assert [
+        tag
+        for tag in tags
+        if not re.match(r"</?(img|br|p|div|details|summary|picture|source|https?:|\d|=|-)", tag + " ")
+    ] == []
 
 
 def test_each_page_is_in_the_navigation_once() -> None:
