@@ -108,6 +108,7 @@ CHOICES = {
 JOBS = {"docs/resume.md"}  # pages that take a process group for granted
 PRELUDES: dict[str, Callable[[], Names]] = {
     "README.md": readme,
+    "docs/concepts.md": training,
     "docs/cost.md": training,
     "docs/families.md": families,
     "docs/index.md": training,
