@@ -35,6 +35,7 @@ def blocks(text: str) -> list[Block]:
     found = []
     for match in FENCE.finditer(text):
         language, _, rest = match["info"].strip().partition(" ")
+        language = {"bash": "shell", "sh": "shell"}.get(language, language)
         title = re.search(r'title="([^"]+)"', rest)
         code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
         found.append(Block(language, title[1] if title else "", code, text.count("\n", 0, match.start("code")) + 1))

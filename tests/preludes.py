@@ -66,10 +66,16 @@ def readme() -> Names:
     return training()
 
 
-def families() -> Names:
-    with foreshock.Watch("runs/read", every=1, monitors="all") as watch:
+def stored() -> Names:
+    """A run in the folder that pages read."""
+    with foreshock.Watch("runs/exp1", every=1, monitors="all") as watch:
         fit(torch.compile(Attention(), backend=watch.backend), 3)
-    run = foreshock.open_run("runs/read")
+    return {}
+
+
+def families() -> Names:
+    stored()
+    run = foreshock.open_run("runs/exp1")
     return {"foreshock": foreshock, "run": run, "site": run.sites[0]}
 
 
@@ -116,6 +122,7 @@ PRELUDES: dict[str, Callable[[], Names]] = {
     "docs/resume.md": resume,
     "docs/scan.md": scan,
     "docs/sinks.md": sinks,
+    "docs/what_now.md": stored,
 }
 
 

@@ -107,7 +107,7 @@ def test_no_block_is_skipped(page: str) -> None:
 
 
 def test_pages_named_here_are_there() -> None:
-    assert set(PRELUDES) | set(AFTER) <= set(having("python"))
+    assert set(PRELUDES) | set(AFTER) <= set(FILES)
 
 
 @pytest.mark.slow
