@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TITAN  := .venv-torchtitan
 READY  := $(VENV)/.ready
 
-.PHONY: demo test smoke test-all test-torchtitan lint docs bench wheel dist clean
+.PHONY: demo test smoke test-all test-torchtitan lint docs site bench wheel dist clean
 
 demo: $(READY)
 	$(BIN)/foreshock demo
@@ -42,6 +42,11 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 
+# docs/ as a web site in build/site, which opens from the disk; a link that leads nowhere is an error. Without --quiet, under
+# which mkdocs counts no warnings and --strict lets everything pass.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # The tables of docs/log.md that say what watching costs, one after the other; each with JSON in build/bench.
 bench: $(READY)
 	$(BIN)/python benchmarks/matching.py
@@ -73,7 +78,7 @@ dist: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:

@@ -154,7 +154,10 @@ def _short(entries: Sequence[Metric]) -> list[str]:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    # A `<` before a letter begins a tag, and what is no tag is dropped.
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in line) + " |\n" for line in lines
+    )
 
 
 def main() -> None:
