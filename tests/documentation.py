@@ -63,7 +63,7 @@ def check(words: list[str], written: tuple[str, ...] = ()) -> None:
     program = program.rpartition("/")[2]
     if program == "foreshock":
         _own(rest)
-    elif program in ("python", "torchrun"):
+    elif re.fullmatch(r"python[\d.]*|torchrun", program):
         _python(rest, TORCHRUN if program == "torchrun" else {}, written)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
@@ -100,7 +100,7 @@ def _python(words: list[str], options: dict[str, int], written: tuple[str, ...])
         rest = rest[1 + options[rest[0]] :]
     if rest[:2] == ["-m", "foreshock.run"]:
         _own(["run", *rest[2:]])
-    elif rest[:2] in (["-m", "pytest"], ["-m", "pip"]):
+    elif rest[:2] in (["-m", "pytest"], ["-m", "pip"], ["-m", "venv"]):
         return
     elif not rest or (rest[0].startswith("-") and rest[0] != "-c"):
         raise ValueError(f"an option that this test does not know: {shlex.join(words)}")
