@@ -1,6 +1,6 @@
 """``foreshock watch --web``: the report, and word of when it changes, for browsers on this machine alone.
 
-Listens on 127.0.0.1, answers GET of two paths, and only where the request names this address: a page of another site, whose own
+Listens on 127.0.0.1, answers GET of three paths, and only where the request names this address: a page of another site, whose own
 name has been made to lead here (DNS rebinding), is refused by its Host.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 from foreshock.errors import RunError
 from foreshock.following import Following
 from foreshock.monitors.report import render
+from foreshock.monitors.report_page import LIBRARY, library
 
 PORT = 8642
 EVERY = 2.0  # seconds that a page stands, at least
@@ -72,8 +73,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, "application/json", json.dumps({"version": self.server.pages.version}))
         elif self.path == "/":
             self._page()
+        elif self.path == f"/{LIBRARY}":
+            self._answer(HTTPStatus.OK, "text/javascript", library())
         else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "there is / and /changes\n")
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", f"there is /, /changes and /{LIBRARY}\n")
 
     def _page(self) -> None:
         try:
