@@ -7,6 +7,7 @@ import hashlib
 import json
 from base64 import b64encode
 from functools import cache
+from importlib.metadata import version as installed
 from importlib.resources import files
 from typing import Any
 
@@ -51,7 +52,7 @@ def page(data: Any, version: str = "", **facts: Any) -> str:
         data=Markup(embedded(data)),
         policy=policy(scripts if version else (parts["library"], *scripts), live=bool(version)),
         version=version,
-        library_path=LIBRARY,
+        library_path=f"{LIBRARY}?v={installed('plotly')}",
     )
 
 

@@ -47,29 +47,29 @@ const chart = (() => {
     const judged = view.rows.some(({ floor }) => floor > 0), size = (v) => v === null ? null : judged || log ? Math.log10(Math.max(v, 1e-30)) : v;
     const shown = z.map((row) => row.map((v) => v !== null && !Number.isFinite(v) ? Infinity : size(v))), [low, high] = range(shown.flat().filter((v) => v !== null));
     view.range = judged ? null : [low, high].map((v) => log ? 10 ** v : v);
-    const top = judged ? 0 : high, bottom = judged ? -3 : low, over = (top - bottom) * 1e-3 || 1e-9;  // above the floor, or not finite: its own colour
+    const top = judged ? 0 : high, bottom = judged ? -3 : low, over = (top - bottom) * 2e-3 || 1e-9;  // above the floor, or not finite: its own colour
     return { type: "heatmap", x, y: view.rows.map(({ label }) => plain(label)), yaxis: "y2", showscale: false, zmin: bottom, zmax: top + over,
       z: shown.map((row) => row.map((v) => v === Infinity ? top + over : v)), customdata: z.map((row) => row.map((v) => v === null ? "" : number(v))),
-      colorscale: [...scale.map(([at, c]) => [at * 0.9985, c]), [0.9989, CIVIDIS[9]], [0.999, color.alarm], [1, color.alarm]], hoverongaps: false,
+      colorscale: [...scale.map(([at, c]) => [at * 0.9985, c]), [0.999, color.alarm], [1, color.alarm]], hoverongaps: false,
       hovertemplate: `%{y}, about step %{x:.0f}: %{customdata}${judged ? " of its floor" : ""}<extra></extra>` };
   };
 
   const draw = (div, view, width) => {
     const color = Object.fromEntries(["ink", "soft", "line", "alarm", "band", "card"].map((name) => [name, css(`--${name}`)]));
     const { log, range: yrange } = extent(view), few = view.lines.length <= FEW, rows = view.rows.length > 1 ? view.rows.length : 0;
-    const hover = "%{text}, step %{x}: %{y:.4~g}<extra></extra>", top = log ? 10 ** yrange[1] : yrange[1], dash = "6px,4px";
-    const line = (one, i) => ({ x: one.x, y: one.y, text: plain(one.label), name: end(one.label, 40), hovertemplate: hover,
+    const hover = "%{meta}, step %{x:d}: %{y:.4~g}<extra></extra>", top = log ? 10 ** yrange[1] : yrange[1], dash = "6px,4px";
+    const line = (one, i) => ({ x: one.x, y: one.y, meta: plain(one.label), name: end(one.label, 40), hovertemplate: hover,
       mode: one.y.some((v, at) => Number.isFinite(v) && !Number.isFinite(one.y[at - 1]) && !Number.isFinite(one.y[at + 1])) ? "lines+markers" : "lines",
       marker: { size: 3 }, line: { color: one.color, width: one.width, dash: one.dash.map((px) => `${px}px`).join() || "solid" },
       showlegend: view.lines.length > 1 && (few || i === 0 || i === view.lines.length - 1) });
     const edge = (y, fill) => ({ x: view.band.x, y, mode: "lines", line: { width: 0 }, hoverinfo: "skip", name: "expected", showlegend: Boolean(fill),
       ...(fill && { fill: "tonexty", fillcolor: color.band }) });
     const traces = [...(view.band ? [edge(view.band.low), edge(view.band.high, true)] : []), ...view.lines.map(line),
-      ...view.rules.map(({ x, y }, i) => ({ x, y, mode: "lines", name: "floor", text: "floor", hovertemplate: hover, showlegend: i === 0,
+      ...view.rules.map(({ x, y }, i) => ({ x, y, mode: "lines", name: "floor", meta: "floor", hovertemplate: hover, showlegend: i === 0,
         line: { color: color.ink, width: 1.4, dash } })),
       ...(view.odd.length ? [{ x: view.odd.map(({ step }) => step), y: view.odd.map(() => top), mode: "markers", cliponaxis: false, name: "not finite",
         marker: { symbol: "x-thin", size: 8, line: { color: color.alarm, width: 2 } }, showlegend: true,
-        text: view.odd.map(({ what, label }) => plain(`${what} ${label}`)), hovertemplate: "%{text}, step %{x}<extra></extra>" }] : []),
+        text: view.odd.map(({ what, label }) => plain(`${what} ${label}`)), hovertemplate: "%{text}, step %{x:d}<extra></extra>" }] : []),
       ...(rows ? [strip(view, log, color)] : [])];
     const upright = (x, i, name, style) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", name, showlegend: i === 0, line: { color: color.alarm, ...style } });
     const shapes = [...view.bounds.map((y, i) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, name: "bound", showlegend: i === 0,
