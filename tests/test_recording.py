@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_ledger_is_made_once_in_a_while(one_thread, monkeypatch, tmp_path: P
         made = counted(watch)
         Loop(watch.backend).run(between, steps=12)
         assert 2 <= len(made) <= 4, "of 12 steps that take four times as long as it is kept"
-        assert all(late - early >= 3 for early, late in zip(made, made[1:], strict=False))
+        assert all(late - early >= 3 for early, late in pairwise(made))
 
 
 def test_steps_that_are_not_sampled_make_no_ledger(one_thread, monkeypatch, tmp_path: Path) -> None:

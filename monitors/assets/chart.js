@@ -56,16 +56,17 @@ const chart = (() => {
 
   const draw = (div, view, width) => {
     const color = Object.fromEntries(["ink", "soft", "line", "alarm", "band", "card"].map((name) => [name, css(`--${name}`)]));
-    const { log, range: yrange } = extent(view), few = view.lines.length <= FEW, rows = view.rows.length > 1 ? view.rows.length : 0;
-    const hover = "%{meta}, step %{x:d}: %{y:.4~g}<extra></extra>", top = log ? 10 ** yrange[1] : yrange[1], dash = "6px,4px";
-    const line = (one, i) => ({ x: one.x, y: one.y, meta: plain(one.label), name: end(one.label, 40), hovertemplate: hover,
+    const { log, range: yrange } = extent(view), few = view.lines.length <= FEW, decades = yrange[1] - yrange[0], rows = view.rows.length > 1 ? view.rows.length : 0;
+    const hover = "%{meta}, step %{x:d}: %{customdata:.4~g}<extra></extra>", top = log ? 10 ** yrange[1] : yrange[1], dash = "6px,4px";
+    const drawn = ({ x, y }) => ({ x, y: log ? y.map((v) => v <= 0 ? 10 ** yrange[0] : v) : y, customdata: y });  // zero has no logarithm: the lower edge
+    const line = (one, i) => ({ ...drawn(one), meta: plain(one.label), name: end(one.label, 40), hovertemplate: hover,
       mode: one.y.some((v, at) => Number.isFinite(v) && !Number.isFinite(one.y[at - 1]) && !Number.isFinite(one.y[at + 1])) ? "lines+markers" : "lines",
       marker: { size: 3 }, line: { color: one.color, width: one.width, dash: one.dash.map((px) => `${px}px`).join() || "solid" },
       showlegend: view.lines.length > 1 && (few || i === 0 || i === view.lines.length - 1) });
     const edge = (y, fill) => ({ x: view.band.x, y, mode: "lines", line: { width: 0 }, hoverinfo: "skip", name: "expected", showlegend: Boolean(fill),
       ...(fill && { fill: "tonexty", fillcolor: color.band }) });
     const traces = [...(view.band ? [edge(view.band.low), edge(view.band.high, true)] : []), ...view.lines.map(line),
-      ...view.rules.map(({ x, y }, i) => ({ x, y, mode: "lines", name: "floor", meta: "floor", hovertemplate: hover, showlegend: i === 0,
+      ...view.rules.map((rule, i) => ({ ...drawn(rule), mode: "lines", name: "floor", meta: "floor", hovertemplate: hover, showlegend: i === 0,
         line: { color: color.ink, width: 1.4, dash } })),
       ...(view.odd.length ? [{ x: view.odd.map(({ step }) => step), y: view.odd.map(() => top), mode: "markers", cliponaxis: false, name: "not finite",
         marker: { symbol: "x-thin", size: 8, line: { color: color.alarm, width: 2 } }, showlegend: true,
@@ -83,7 +84,7 @@ const chart = (() => {
       font: { family: "system-ui, sans-serif", size: 11, color: color.ink }, hoverlabel: { bgcolor: color.card, font: { color: color.ink } },
       legend: { orientation: "h", y: -28 / (BODY + tall), yanchor: "top", x: 0, font: { color: color.soft } },
       xaxis: { ...axis, anchor: rows ? "y2" : "y", tickformat: "~s" },
-      yaxis: { ...axis, type: log ? "log" : "linear", range: yrange, domain: [tall / (BODY + tall), 1], ...(log && yrange[1] - yrange[0] > 2 && { dtick: Math.ceil((yrange[1] - yrange[0]) / 5) }) },
+      yaxis: { ...axis, type: log ? "log" : "linear", range: yrange, domain: [tall / (BODY + tall), 1], ...(log && decades > 0.7 && { dtick: decades > 2 ? Math.ceil(decades / 5) : "D2" }) },
       ...(rows && { yaxis2: { type: "category", domain: [0, (tall - 10) / (BODY + tall)], autorange: "reversed", fixedrange: true, showgrid: false, tickfont: { size: 10, color: color.soft },
         tickvals: view.rows.map((_, i) => i).filter((i) => i % every === 0), ticktext: view.rows.map(({ label }) => end(label, 9)).filter((_, i) => i % every === 0) } }) };
     return Plotly.react(div, traces, layout, { displayModeBar: false, responsive: true });
