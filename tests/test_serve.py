@@ -181,6 +181,9 @@ def test_a_browser_keeps_its_place_while_the_run_goes_on(server: Server, store: 
         page.locator("#m-law-euler summary").click()
         until(lambda: figure.locator("tbody tr").count() == 2)
         page.evaluate("document.querySelector('#coverage').scrollIntoView({ behavior: 'instant' })")
+        assert drawn(page, "#m-law-euler") > 0
+        zoomed = "() => document.querySelector('#m-law-euler .plot').layout.xaxis.range"
+        page.evaluate("Plotly.relayout(document.querySelector('#m-law-euler .plot'), {'xaxis.range': [2, 7]})")
         place = still(page)
         for step in range(10, FAULT + 5):
             write(store, step)
@@ -188,6 +191,7 @@ def test_a_browser_keeps_its_place_while_the_run_goes_on(server: Server, store: 
         assert page.title().startswith("▲")
         assert abs(still(page) - place) < 2, "the alarm above it has moved nothing"
         until(lambda: figure.locator("tbody tr").count() == 2)
+        assert page.evaluate(zoomed) == [2, 7]
         assert page.get_by_label("Colours").input_value() == "dark"
         page.get_by_role("link", name="The alarm and its evidence").click()
         assert drawn(page, "#alarm-1-chart") > 0
