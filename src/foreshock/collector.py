@@ -204,10 +204,8 @@ class Collector:
 
     def record(self, now: bool = True) -> None:
         """Write down what was worked off, with the ledger and facts about the run: ``now``, or if that is some time ago."""
-        follows = not isinstance(
-            self.store, MemoryStore
-        )  # nobody reads a ledger in memory: of ranks the first alone tells
-        if now or (follows and time.monotonic() - self._recorded > RECORDED):
+        kept = not isinstance(self.store, MemoryStore)  # nobody reads one in memory: of ranks the first alone tells
+        if now or (kept and time.monotonic() - self._recorded > RECORDED):
             (ledger, facts), self._recorded = self._told, time.monotonic()
             self._guarded("writing to the store", lambda: self.store.meta(held_to=self.judge.held_to, **facts()))
             self._guarded("writing to the store", lambda: self.store.coverage(ledger()))
