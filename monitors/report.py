@@ -147,7 +147,8 @@ def _facts(run: Run, sites: Mapping[str, Site], steps: int) -> str:
     counts = Counter(site.kind for site in sites.values())
     counted = [f"{count} {names.get(kind, f'{kind} site')}{'s' * (count > 1)}" for kind, count in counts.items()]
     recorded = f"{steps} step{'s' * (steps != 1)} recorded"
-    return " · ".join([recorded, *counted, f"{len(run.metrics())} metrics"])
+    metrics = len(run.metrics())
+    return " · ".join([recorded, *counted, f"{metrics} metric{'s' * (metrics != 1)}"])
 
 
 def _rows(values: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -38,7 +38,8 @@ def verdict(alarms: Sequence[Alarm], sites: Mapping[str, Site], steps: Array) ->
         return _sick(alarms, sites, last)
     if not len(steps) or not sites:
         what = "no step was recorded" if not len(steps) else "no site was found"
-        return Verdict("unknown", f"Nothing to judge: {what}", (("What to do", "The coverage below says why."),))
+        told = "The coverage, at the end of the report, says why."
+        return Verdict("unknown", f"Nothing to judge: {what}", (("What to do", told),))
     span = f"{steps[0]} to {last}" if len(steps) > 1 else str(last)
     answers = [("Alarms", f"None at {len(sites)} watched site{'s' * (len(sites) > 1)}."), ("What to do", "Nothing.")]
     if len(steps) < EARLY:

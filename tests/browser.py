@@ -54,12 +54,8 @@ def until(holds: Callable[[], bool], seconds: float = 5) -> None:
         time.sleep(0.02)
 
 
-def ink(page: Any, canvas: str) -> int:
-    """How many pixels of a canvas are painted."""
-    script = """(canvas) => {
-        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-        let count = 0;
-        for (let i = 3; i < data.length; i += 4) count += data[i] > 0;
-        return count;
-    }"""
-    return int(page.locator(canvas).evaluate(script))
+def drawn(page: Any, figure: str) -> int:
+    """How many lines Plotly has drawn in a figure."""
+    lines = page.locator(f"{figure} .plot .lines path.js-line")
+    lines.first.wait_for(state="attached")
+    return sum(len(path or "") > 20 for path in lines.evaluate_all("(all) => all.map((one) => one.getAttribute('d'))"))

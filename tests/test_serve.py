@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, ink, opened, until
+from browser import chromium, drawn, opened, until
 from writing import FAULT, NAME, write
 
 from foreshock import serve as module
 from foreshock.errors import RunError
+from foreshock.monitors.report_page import library
 from foreshock.serve import Server
 from foreshock.store import RunStore
 
@@ -159,6 +160,18 @@ def still(page: Any) -> float:
     return seen[-1]
 
 
+def test_the_library_is_served_once_and_is_no_part_of_the_page(server: Server) -> None:
+    status, text, headers = ask(server, "/plotly.js")
+    assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+    assert text == library()
+    assert "immutable" in headers["cache-control"]
+    page = ask(server, "/")[1]
+    assert text not in page
+    assert len(page) < 5e5
+    address = re.search(r'src="(plotly\.js\?v=[\d.]+)"', page)[1]
+    assert ask(server, f"/{address}")[1] == text
+
+
 def test_a_browser_keeps_its_place_while_the_run_goes_on(server: Server, store: RunStore) -> None:
     with chromium() as browser, opened(browser, server.address, but="ERR_CONNECTION_REFUSED") as page:
         assert "Healthy in steps 0 to 9" in page.locator("#verdict").inner_text()
@@ -167,6 +180,15 @@ def test_a_browser_keeps_its_place_while_the_run_goes_on(server: Server, store: 
         page.get_by_role("link", name="Coverage").click()
         page.locator("#m-law-euler summary").click()
         until(lambda: figure.locator("tbody tr").count() == 2)
+        assert drawn(page, "#m-law-euler") > 0
+        zoomed = "() => document.querySelector('#m-law-euler .plot').layout.xaxis.range"
+        whole = page.evaluate(zoomed)
+        box = page.locator("#m-law-euler .plot .nsewdrag").first.bounding_box()
+        for at, go in ((0.3, page.mouse.down), (0.7, page.mouse.up)):
+            page.mouse.move(box["x"] + at * box["width"], box["y"] + 40, steps=5)
+            go()
+        until(lambda: page.evaluate(zoomed) != whole)
+        mine = page.evaluate(zoomed)
         page.evaluate("document.querySelector('#coverage').scrollIntoView({ behavior: 'instant' })")
         place = still(page)
         for step in range(10, FAULT + 5):
@@ -175,9 +197,10 @@ def test_a_browser_keeps_its_place_while_the_run_goes_on(server: Server, store: 
         assert page.title().startswith("▲")
         assert abs(still(page) - place) < 2, "the alarm above it has moved nothing"
         until(lambda: figure.locator("tbody tr").count() == 2)
+        assert page.evaluate(zoomed) == mine
         assert page.get_by_label("Colours").input_value() == "dark"
         page.get_by_role("link", name="The alarm and its evidence").click()
-        assert ink(page, "#alarm-1-chart canvas") > 1000
+        assert drawn(page, "#alarm-1-chart") > 0
         assert NAME in page.locator("#alarm-1").inner_text()
         server.shutdown()
         server.server_close()

@@ -1,7 +1,7 @@
 "use strict";
 // The page's figures, the choice of sites, links that jump to figures, colours, and, where it is served live, what changed.
 (() => {
-  const ALL = -1, FEW = 6, WHOLE = ["run/loss", "optim/lr"];
+  const ALL = -1, FEW = 6, PAPER = 640, WHOLE = ["run/loss", "optim/lr"];
   const DASHES = [[], [], [], [7, 3], [7, 3], [2, 2]];
   let data, decoded, bySeries, metricOf, panels = [];
 
@@ -93,6 +93,12 @@
     return view;
   };
 
+  const nearest = (x, step) => {  // position of the sample nearest to a step
+    let low = 0, high = x.length - 1;
+    while (high - low > 1) { const middle = (low + high) >> 1; if (x[middle] <= step) low = middle; else high = middle; }
+    return high > low && Math.abs(x[high] - step) < Math.abs(x[low] - step) ? high : low;
+  };
+
   const row = (label, x, y, pairs, metric, floor, at) => {
     const largest = metric.fold !== "mean";
     let z = y, steps = x;
@@ -103,7 +109,7 @@
         return !largest ? (low + high) / 2 : Math.abs(low) > Math.abs(high) ? low : high;
       });
     }
-    return floor ? { label, x: steps, z: z.map((v, i) => v / floor[chart.nearest(at, steps[i])]), floor: 1 } : { label, x: steps, z, floor: NaN };
+    return floor ? { label, x: steps, z: z.map((v, i) => v / floor[nearest(at, steps[i])]), floor: 1 } : { label, x: steps, z, floor: NaN };
   };
 
   const band = (series) => series.band ? { x: array(series.band[0]), low: array(series.band[1]), high: array(series.band[2]) } : null;
@@ -112,12 +118,12 @@
     WHOLE.includes(metric.name) || (site === ALL ? alarm.metric === metric.name : alarm.site === site || alarm.site < 0)).slice(0, 12);
 
   class Panel {
-    constructor(figure) {
+    constructor(figure, kept = {}) {
       this.figure = figure;
       this.metric = data.metrics[metricOf.get(figure.dataset.metric)];
       this.all = this.metric ? bySeries[metricOf.get(figure.dataset.metric)] : [];
-      this.chosen = Number(figure.dataset.site);
-      this.cursor = null;
+      this.chosen = kept.site ?? Number(figure.dataset.site);
+      this.plot = kept.plot;  // one that was drawn on the page before: where it is zoomed in, it stays so
       this.built = false;
     }
 
@@ -129,35 +135,25 @@
       if (this.built) return;
       this.built = true;
       if (!this.all.length) { this.figure.append(make("p", { className: "soft", textContent: "Nothing of it was recorded." })); return; }
-      const { figure } = this, controls = make("div", { className: "controls" });
+      const controls = make("div", { className: "controls" });
       if (this.all.length > 1) {
-        const one = make("select", {}, make("option", { value: ALL, textContent: `all ${this.all.length} sites` }),
+        this.select = make("select", {}, make("option", { value: ALL, textContent: `all ${this.all.length} sites` }),
           ...this.all.map((series) => make("option", { value: series.s, textContent: series.s < 0 ? "the run" : data.sites[series.s] })));
-        one.value = this.site;
-        one.addEventListener("change", () => this.choose(Number(one.value)));
-        this.select = one;
-        controls.append(make("label", {}, "Site ", one));
+        this.select.addEventListener("change", () => this.choose(Number(this.select.value)));
+        controls.append(make("label", {}, "Site ", this.select));
       }
-      this.canvas = make("canvas", { tabIndex: 0 });
-      this.canvas.setAttribute("role", "img");
-      this.legend = make("ul", { className: "legend" });
+      this.plot ??= make("div", { className: "plot" });
+      this.plot.setAttribute("role", "img");
       this.readout = make("p", { className: "readout" });
-      this.readout.setAttribute("aria-live", "polite");
       this.table = make("details", { className: "numbers" }, make("summary", { textContent: "Numbers" }));
       this.table.addEventListener("toggle", () => this.fill());
-      figure.append(controls, this.canvas, this.legend, this.readout, this.table);
-      this.canvas.addEventListener("pointermove", (event) => this.point(event));
-      this.canvas.addEventListener("pointerdown", (event) => this.point(event));
-      this.canvas.addEventListener("pointerleave", () => this.move(null));
-      this.canvas.addEventListener("keydown", (event) => this.key(event));
+      this.figure.append(controls, this.plot, this.readout, this.table);
       this.choose(this.site);
     }
 
     choose(site) {
       this.chosen = site;
-      this.cursor = null;
       if (!this.built) { this.build(); return; }
-      if (!this.all.length) return;
       if (this.select) this.select.value = this.site;
       this.draw();
       this.fill();
@@ -167,71 +163,32 @@
       const { metric, site } = this, one = this.all.find((series) => series.s === site);
       const head = (data.alarms.find((alarm) => alarm.site === site && alarm.metric === metric.name) || { head: -1 }).head;
       const view = one && (site !== ALL || this.all.length === 1) ? ofOne(metric, one, head) : ofAll(metric, this.all);
-      return { ...view, marks: marks(metric, site), law: metric.law, largest: metric.fold !== "mean" };
+      return { ...view, marks: marks(metric, site), law: metric.law, largest: metric.fold !== "mean", site };
     }
 
-    draw() {
-      if (!this.canvas) return;
+    draw(width) {
+      if (!this.readout) return;
       this.view = this.look();
-      chart.draw(this.canvas, this.view, this.cursor);
-      const { metric, view } = this, finite = view.lines.flatMap(({ y }) => Array.from(y).filter(Number.isFinite));
-      const low = finite.reduce((a, b) => Math.min(a, b), Infinity), high = finite.reduce((a, b) => Math.max(a, b), -Infinity);
-      const where = this.site === ALL ? `${this.all.length} sites` : data.sites[this.site];
-      this.canvas.setAttribute("aria-label", `${metric.name}, ${where}: ${view.lines.length} lines, from ${chart.number(low)} to ${
-        chart.number(high)}. Arrow keys read single values.`);
-      this.explain();
-      this.tell();
+      chart.draw(this.plot, this.view, width);
+      const { metric, view } = this, [low, high] = chart.range(view.lines.flatMap(({ y }) => Array.from(y)));
+      const where = this.site === ALL ? `${this.all.length} sites` : this.site < 0 ? "the run" : data.sites[this.site];
+      this.plot.setAttribute("aria-label", `${metric.name}, ${where}: ${view.lines.length} lines, from ${chart.number(low)} to ${chart.number(high)}.`);
+      this.readout.textContent = [this.last(), ...this.notes()].join(" ");
     }
 
-    explain() {
-      const { view, metric } = this, items = [];
-      const swatch = (paint, dash, size = 2.4) => `<svg width="22" height="10" aria-hidden="true"><line x1="0" x2="22" y1="5" y2="5" stroke="${
-        paint}" stroke-width="${size}" stroke-dasharray="${(dash || []).join(" ")}"/></svg>`;
-      const item = (picture, text) => { const li = make("li"); li.innerHTML = picture; li.append(text); items.push(li); };  // picture: ours alone
-      if (view.lines.length > 1 && view.lines.length <= FEW + 1) view.lines.forEach(({ color: c, dash, label }) => item(swatch(c, dash), label));
-      else if (view.lines.length > 1) {
-        const [first, last] = [view.lines[0], view.lines[view.rows.length - 1]];
-        item(swatch(first.color), first.label); item(swatch(last.color), `to ${last.label}`);
-      }
-      if (this.site === ALL && this.all.some((series) => series.width > 1)) items.push(make("li", { textContent: `each: the ${metric.fold} of its ${
-        Array.isArray(metric.heads) ? "parts" : `${metric.heads}s`}` }));
-      if (view.rules.length) item(swatch("var(--ink)", [6, 4], 1.4), "floor");
-      if (view.bounds.length) item(swatch("var(--ink)", [6, 4], 1.4), "bound");
-      if (view.band) item(swatch("var(--band)", [], 10), "expected");
-      if (view.marks.length) { item(swatch("var(--alarm)", [], 2), "alarm heard"); item(swatch("var(--alarm)", [2, 3], 2), "began"); }
-      if (view.odd.length) items.push(make("li", { textContent: `✕ not finite at ${view.odd.length} step${view.odd.length > 1 ? "s" : ""}` }));
-      if (view.range && view.range.low < view.range.high)
-        items.push(make("li", { textContent: `strip: dark ${chart.number(view.range.low)} to bright ${chart.number(view.range.high)}` }));
-      if (view.rules.length && view.rows.length > 1) items.push(make("li", { textContent: "strip: dark 1/1000 of the floor to bright; hatched above it" }));
-      const one = this.all.find((series) => series.s === this.site);
-      if (one && one.width > 1 && !one.heads) items.push(make("li", { textContent: `its ${one.width} parts are too many for this page` }));
-      this.legend.replaceChildren(...items);
+    notes() {
+      const { view, metric } = this, one = this.all.find((series) => series.s === this.site), found = [];
+      if (this.site === ALL && this.all.some((series) => series.width > 1))
+        found.push(`Each line: the ${metric.fold} of its ${Array.isArray(metric.heads) ? "parts" : `${metric.heads}s`}.`);
+      if (view.odd.length) found.push(`✕ not finite at ${view.odd.length} step${view.odd.length > 1 ? "s" : ""}.`);
+      if (view.rows.length > 1 && view.rules.length) found.push("Strip: dark 1/1000 of the floor to bright at it; orange above it.");
+      else if (view.rows.length > 1 && view.range[0] < view.range[1])
+        found.push(`Strip: dark ${chart.number(view.range[0])} to bright ${chart.number(view.range[1])}.`);
+      if (one && one.width > 1 && !one.heads) found.push(`Its ${one.width} parts are too many for this page.`);
+      return found;
     }
 
-    point(event) {
-      const box = this.canvas.getBoundingClientRect();
-      if (this.canvas.geometry) this.move(chart.under(this.canvas, this.view, event.clientX - box.left, event.clientY - box.top));
-    }
-
-    move(cursor) {
-      this.cursor = cursor;
-      cancelAnimationFrame(this.frame);
-      this.frame = requestAnimationFrame(() => { chart.draw(this.canvas, this.view, this.cursor); this.tell(); });
-    }
-
-    key(event) {
-      const { lines } = this.view, line = Math.max(Math.min(this.cursor ? this.cursor.line : this.worst(), lines.length - 1), 0), { x } = lines[line];
-      const at = this.cursor ? chart.nearest(x, this.cursor.step) : x.length - 1;
-      const go = { ArrowLeft: [line, at - 1], ArrowRight: [line, at + 1], ArrowUp: [line - 1, at], ArrowDown: [line + 1, at], Home: [line, 0],
-        End: [line, x.length - 1] }[event.key];
-      if (event.key === "Escape") this.move(null);
-      if (!go) return;
-      event.preventDefault();
-      const next = Math.min(Math.max(go[0], 0), lines.length - 1);
-      this.move({ line: next, step: x[Math.min(Math.max(go[1], 0), x.length - 1)] });
-    }
-
-    worst() {  // the line to speak of first: the one with an alarm, or a law's nearest to its floor
+    worst() {  // the line to speak of: the one with an alarm, or a law's nearest to its floor
       const { metric, site } = this, alarm = data.alarms.find((one) => one.metric === metric.name && (site === ALL || one.site === site));
       if (alarm && site !== ALL) return alarm.head >= 0 && this.view.rows.length ? alarm.head : 0;
       if (alarm) return Math.max(this.all.findIndex((series) => series.s === alarm.site), 0);
@@ -239,23 +196,20 @@
       return last.length ? last.indexOf(Math.max(...last.map((v) => v || 0))) : 0;
     }
 
-    tell() {  // the value under the cursor, or the last one
-      const { lines, odd } = this.view, line = this.cursor ? this.cursor.line : this.worst(), one = lines[line];
-      if (!one || !one.x.length) { this.readout.textContent = "no sample"; return; }
-      const at = this.cursor ? chart.nearest(one.x, this.cursor.step) : one.x.length - 1, step = one.x[at];
-      const strange = odd.find((entry) => entry.step === step), limit = one.floor && one.floor.y[chart.nearest(one.floor.x, step)];
-      const floor = limit ? `, floor ${chart.number(limit)}` : "";
+    last() {
+      const { lines, odd } = this.view, one = lines[this.worst()], at = one ? one.x.length - 1 : -1;
+      if (at < 0) return "No sample.";
+      const strange = odd.find(({ step }) => step === one.x[at]), limit = one.floor && one.floor.y[nearest(one.floor.x, one.x[at])];
       const value = strange ? `${strange.what} ${strange.label}` : chart.number(one.y[at]);
-      this.readout.textContent = `${this.cursor ? "Step" : "Last, at step"} ${step}: ${value}${floor} (${one.label})`;
+      return `Last, at step ${one.x[at]}: ${value}${limit ? `, floor ${chart.number(limit)}` : ""} (${one.label}).`;
     }
 
     fill() {
       if (!this.table || !this.table.open || !this.view) return;
       const cells = (tag, texts) => make("tr", {}, ...texts.map((text) => make(tag, { textContent: text, className: "number" })));
       const rows = this.view.lines.map(({ label, y }) => {
-        const real = Array.from(y).filter(Number.isFinite);
-        const [low, high] = [real.reduce((a, b) => Math.min(a, b), Infinity), real.reduce((a, b) => Math.max(a, b), -Infinity)];
-        return cells("td", [label, ...[y[y.length - 1], low, high].map((v) => real.length ? chart.number(v) : "none")]);
+        const [low, high] = chart.range(Array.from(y));
+        return cells("td", [label, ...(low > high ? ["none", "none", "none"] : [y[y.length - 1], low, high].map(chart.number))]);
       });
       this.table.querySelector("table")?.remove();
       this.table.append(make("table", {}, make("thead", {}, cells("th", ["", "last", "smallest", "largest"])), make("tbody", {}, ...rows)));
@@ -269,16 +223,15 @@
   }, { rootMargin: "400px" });
   const next = () => { waiting.shift()?.panel.build(); if (waiting.length) requestAnimationFrame(next); };
 
-  const start = (keptSites = {}) => {
+  const start = (kept = {}) => {
     load();
     panels = Array.from(document.querySelectorAll("figure.panel"), (figure) => {
-      figure.panel = new Panel(figure);
-      if (figure.id in keptSites) figure.panel.chosen = keptSites[figure.id];
+      figure.panel = new Panel(figure, kept[figure.id]);
       seen.observe(figure);
       return figure.panel;
     });
   };
-  const redraw = () => panels.forEach((panel) => panel.draw());
+  const redraw = (width) => panels.forEach((panel) => panel.draw(width));
 
   // A link to a figure opens what it is folded into, and shows the site that the link is about.
   const reveal = (id, site) => {
@@ -287,7 +240,7 @@
     for (let at = target.parentElement; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
     if (target.panel && site !== undefined) target.panel.choose(Number(site));
     target.scrollIntoView();
-    const inner = target.panel ? (target.panel.build(), target.panel.select || target.panel.canvas) : target;
+    const inner = target.panel ? (target.panel.build(), target.panel.select || target) : target;
     if (inner) inner.focus({ preventScroll: true });
   };
   document.addEventListener("click", (event) => {
@@ -298,9 +251,9 @@
     reveal(link.hash.slice(1), link.dataset.site);
   });
 
-  const theme = document.getElementById("theme"), paint = (name) => {
+  const theme = document.getElementById("theme"), paint = (name, width) => {
     if (name) document.documentElement.dataset.theme = name; else delete document.documentElement.dataset.theme;
-    redraw();
+    redraw(width);
   };
   const kept = () => { try { return localStorage.getItem("foreshock-theme") || ""; } catch { return ""; } };
   theme.value = kept();
@@ -308,11 +261,9 @@
     try { localStorage.setItem("foreshock-theme", theme.value); } catch { /* a page that may keep nothing */ }
     paint(theme.value);
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  addEventListener("beforeprint", () => { panels.slice(0, 12).forEach((panel) => panel.build()); paint("light"); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
+  addEventListener("beforeprint", () => { panels.slice(0, 12).forEach((panel) => panel.build()); paint("light", PAPER); });
   addEventListener("afterprint", () => paint(theme.value));
-  let width = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; redraw(); } });
 
   paint(theme.value);
   start();
@@ -326,15 +277,19 @@
     const anchor = Array.from(document.querySelectorAll("#content [id]")).find(shown);
     const [place, top, focus] = [anchor?.id, anchor?.getBoundingClientRect().top, document.activeElement];
     const open = Array.from(document.querySelectorAll("details[id][open]"), ({ id }) => id);
-    const built = panels.filter((panel) => panel.built), sites = Object.fromEntries(panels.map((panel) => [panel.figure.id, panel.chosen]));
+    const built = panels.filter((panel) => panel.built);
+    const kept = Object.fromEntries(panels.map((panel) => [panel.figure.id, { site: panel.chosen, plot: panel.plot }]));
     const numbers = built.filter((panel) => panel.table?.open).map((panel) => panel.figure.id);
     const held = focus?.closest("figure.panel")?.id, heldBy = focus?.tagName;
     seen.disconnect();
     document.title = fresh.title;
     for (const id of ["content", "data"]) document.getElementById(id).replaceWith(document.adoptNode(fresh.getElementById(id)));
     open.forEach((id) => { const details = document.getElementById(id); if (details) details.open = true; });
-    start(sites);
-    built.forEach(({ figure }) => document.getElementById(figure.id)?.panel.build());
+    start(kept);
+    built.forEach(({ figure, plot }) => {
+      const same = document.getElementById(figure.id)?.panel;
+      if (same) same.build(); else if (plot) Plotly.purge(plot);
+    });
     numbers.forEach((id) => { const panel = document.getElementById(id)?.panel; if (panel?.table) { panel.table.open = true; panel.fill(); } });
     if (held) document.getElementById(held)?.querySelector(heldBy)?.focus({ preventScroll: true });
     const now = place && document.getElementById(place);

@@ -123,12 +123,9 @@ class Collector:
     def optimizer(self, step: int, optimizer: Any) -> None:
         """``optimizer`` made a sampled step: its learning rates and the norms of its gradients, still on the device."""
         with self.costs.of(SAMPLING), self.costs.of(AROUND):
-            self._read_optimizer(step, optimizer)
-
-    def _read_optimizer(self, step: int, optimizer: Any) -> None:
-        for monitor in self.steps:
-            self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
-        self.gradients.read(step, optimizer)
+            for monitor in self.steps:
+                self._guarded(f"monitor {type(monitor).__name__}", monitor.after, step, optimizer, self._sites())
+            self.gradients.read(step, optimizer)
 
     def weigh(self, step: int) -> None:
         """``step`` is over and its weights stand: ask the monitors that spread their work over the steps.
@@ -207,7 +204,8 @@ class Collector:
 
     def record(self, now: bool = True) -> None:
         """Write down what was worked off, with the ledger and facts about the run: ``now``, or if that is some time ago."""
-        if now or time.monotonic() - self._recorded > RECORDED:
+        kept = not isinstance(self.store, MemoryStore)  # nobody reads one in memory: of ranks the first alone tells
+        if now or (kept and time.monotonic() - self._recorded > RECORDED):
             (ledger, facts), self._recorded = self._told, time.monotonic()
             self._guarded("writing to the store", lambda: self.store.meta(held_to=self.judge.held_to, **facts()))
             self._guarded("writing to the store", lambda: self.store.coverage(ledger()))

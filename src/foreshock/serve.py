@@ -1,6 +1,6 @@
 """``foreshock watch --web``: the report, and word of when it changes, for browsers on this machine alone.
 
-Listens on 127.0.0.1, answers GET of two paths, and only where the request names this address: a page of another site, whose own
+Listens on 127.0.0.1, answers GET of three paths, and only where the request names this address: a page of another site, whose own
 name has been made to lead here (DNS rebinding), is refused by its Host.
 """
 
@@ -20,11 +20,11 @@ from typing import Any
 from foreshock.errors import RunError
 from foreshock.following import Following
 from foreshock.monitors.report import render
+from foreshock.monitors.report_page import LIBRARY, library
 
 PORT = 8642
 EVERY = 2.0  # seconds that a page stands, at least
 HEADERS = {
-    "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -72,8 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(HTTPStatus.OK, "application/json", json.dumps({"version": self.server.pages.version}))
         elif self.path == "/":
             self._page()
+        elif self.path.partition("?")[0] == f"/{LIBRARY}":
+            self._answer(HTTPStatus.OK, "text/javascript", library(), "public, max-age=31536000, immutable")
         else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "there is / and /changes\n")
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", f"there is /, /changes and /{LIBRARY}\n")
 
     def _page(self) -> None:
         try:
@@ -81,11 +83,12 @@ class _Handler(BaseHTTPRequestHandler):
         except RunError as error:
             self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/html", WAITING.format(html.escape(str(error))))
 
-    def _answer(self, status: HTTPStatus, kind: str, text: str) -> None:
+    def _answer(self, status: HTTPStatus, kind: str, text: str, keep: str = "no-store") -> None:
         body = text.encode()
         self.send_response(status)
         for name, value in HEADERS.items():
             self.send_header(name, value)
+        self.send_header("Cache-Control", keep)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

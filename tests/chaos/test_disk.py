@@ -117,6 +117,23 @@ def test_a_disk_that_fails_in_mid_run(
             assert stored.series(ATTENTION)[0].tolist() == list(range(STEPS))
 
 
+@pytest.mark.parametrize("disk", DISKS)
+def test_a_ledger_told_at_every_step_to_a_disk_that_fails_warns_once(
+    one_thread, warnings_logged, refusing, monkeypatch, tmp_path, disk: str
+) -> None:
+    monkeypatch.setattr("foreshock.collector.RECORDED", -1.0)
+    breaks, mends, _ = DISKS[disk]
+    plain = Loop("aot_eager").run()
+    with Watch(tmp_path / "run", every=1, inner="aot_eager") as watch:
+        broken = Loop(watch.backend).run(lambda loop, step: breaks(tmp_path / "run") if step == HALF else None)
+        assert identical(broken, plain)
+        mends(tmp_path / "run")
+    told = [message.partition(":")[0] for message in warnings_logged() if "deleted" not in message]
+    assert told == ["writing to the store"]
+    with open_run(tmp_path / "run") as stored:
+        assert len(stored.sites) == 2
+
+
 def test_a_disk_that_fails_from_the_start(one_thread, warnings_logged, tmp_path) -> None:
     (tmp_path / "run").write_text("in the way")
     plain = Loop("aot_eager").run()
