@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TITAN  := .venv-torchtitan
 READY  := $(VENV)/.ready
 
-.PHONY: demo test smoke test-all test-torchtitan lint docs bench wheel clean
+.PHONY: demo test smoke test-all test-torchtitan lint docs site bench wheel dist clean
 
 demo: $(READY)
 	$(BIN)/foreshock demo
@@ -42,6 +42,11 @@ lint: $(READY)
 docs: $(READY)
 	$(BIN)/python docs/generate.py
 
+# docs/ as a web site in build/site, which opens from the disk; a link that leads nowhere is an error. Without --quiet, under
+# which mkdocs counts no warnings and --strict lets everything pass.
+site: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 # The tables of docs/log.md that say what watching costs, one after the other; each with JSON in build/bench.
 bench: $(READY)
 	$(BIN)/python benchmarks/matching.py
@@ -49,17 +54,31 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/scaling.py --json build/bench
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/spectra.py --json build/bench
 
+IMPORTS := import foreshock, foreshock.demo, foreshock.integrations, foreshock.patterns, foreshock.passes, foreshock.monitors, \
+	foreshock.monitors.detectors, foreshock.monitors.sinks; print(foreshock.__file__)
+
 # The wheel, installed alone, must hold every subpackage and register the backend.
 wheel: $(READY)
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist .
 	$(BIN)/python -m pip install -q --no-deps --target build/wheel dist/*.whl
-	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -P -c "import foreshock, foreshock.demo, foreshock.integrations, foreshock.patterns, foreshock.passes, foreshock.monitors, foreshock.monitors.detectors, foreshock.monitors.sinks; print(foreshock.__file__)"
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -P -c "$(IMPORTS)"
+
+# What a release is made of: sdist and wheel, each installed in an environment of its own that is thrown away.
+dist: $(READY)
+	rm -rf build dist
+	$(BIN)/python -m pip install -q -c constraints.txt twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	for file in dist/*; do \
+		$(PYTHON) -m venv --clear build/alone && build/alone/bin/python -m pip install -q -c constraints.txt torch $$file && \
+		(cd build && alone/bin/python -P -c "$(IMPORTS)" && alone/bin/foreshock --version) || exit 1; \
+	done
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 clean:

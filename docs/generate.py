@@ -59,7 +59,8 @@ MECHANISMS = """\
 # Mechanisms: what an alarm may say
 
 `make docs` writes this page from the table by which alarms are named, `monitors/mechanisms.py`. It is read from the top: a row that
-makes its case takes its symptoms along, and what follows from them, so that one cause is one alarm.
+makes its case takes its symptoms along, and what follows from them, so that one cause is one alarm. What to do about each,
+and how to check it first: [my alarm says X: what now](what_now.md).
 
 A symptom is a metric and the side on which it left: `router/entropy_norm-` fell. One of those under *seen by* must be out. An alarm
 says how sure it is: **proved** where an identity is broken or a value is not finite, **likely** where two different symptoms agree,
@@ -153,7 +154,10 @@ def _short(entries: Sequence[Metric]) -> list[str]:
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    # A `<` before a letter begins a tag, and what is no tag is dropped.
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in line) + " |\n" for line in lines
+    )
 
 
 def main() -> None:

@@ -225,18 +225,6 @@ def test_mistakes_are_told_at_construction(options: dict[str, Any], message: str
         Watch(**options)
 
 
-def test_the_code_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    text = (Path(__file__).parents[1] / "docs/acting.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FORESHOCK_INNER", "eager")
-    torch._dynamo.reset()
-    space: dict[str, Any] = {}
-    for block in [part.partition("```")[0] for part in text.split("```python\n")[1:]]:
-        exec(compile(block, "docs/acting.md", "exec"), space)
-    assert capsys.readouterr().out.splitlines()[-1] == ("checkpoint-15 True ['checkpoint-25', 'checkpoint-30']")
-    assert space["watch"].coverage.warnings == ()
-
-
 # -- on several ranks --------------------------------------------------------------------------------------------------
 
 

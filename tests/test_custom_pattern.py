@@ -172,19 +172,6 @@ def test_an_attention_shown_as_a_function_is_measured_like_a_known_one(one_threa
         np.testing.assert_allclose(watch.series("attention/grad_q_norm")[1][0], by_head, rtol=1e-5)
 
 
-def test_the_code_of_the_documentation_runs(example: ModuleType) -> None:
-    text = (EXAMPLE.parents[1] / "docs/patterns.md").read_text()
-    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
-    assert len(blocks) == 6
-    space: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "docs/patterns.md", "exec"), space)
-        watch = space.pop("watch", None)
-        if isinstance(watch, foreshock.Watch):
-            watch.close()
-    assert {"ATTEND", "ROUTE", "rms_norm", "my_attention", "NORM", "DETECTORS"} <= set(space)
-
-
 def test_a_kind_without_a_probe_is_named_in_the_ledger() -> None:
     torch._dynamo.reset()
 

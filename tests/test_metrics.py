@@ -4,6 +4,7 @@ written from it are fresh."""
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from torch.nn import functional
 from foreshock import Watch
 from foreshock.errors import ConfigError
 from foreshock.monitors import METRICS, Metric, metric, register_metrics
+from foreshock.monitors.mechanisms import TABLE, UNKNOWN
 from foreshock.monitors.metrics import AXES, COSTS, MERGES, SOURCES
 from foreshock.monitors.second_tier import DTYPES
 
@@ -154,6 +156,18 @@ def test_the_page_of_metrics_is_fresh(pages: ModuleType) -> None:
     assert (ROOT / "docs/mechanisms.md").read_text() == pages.mechanisms_page(), (
         "docs/mechanisms.md is stale: make docs"
     )
+
+
+def test_every_mechanism_has_its_what_now() -> None:
+    """A section each, of five parts, and none of anything else."""
+    page = (ROOT / "docs/what_now.md").read_text()
+    _, *sections = re.split(r"^## (?!Three checks)", page, flags=re.MULTILINE)
+    assert sorted(text.partition("\n")[0].lower() for text in sections) == sorted(
+        {row.mechanism for row in (*TABLE, UNKNOWN)}
+    )
+    parts = ("It means", "Check", "Do", "Or else", "False alarm")
+    for text in sections:
+        assert [text.count(f"**{part}:**") for part in parts] == [1] * 5, text
 
 
 def test_the_table_in_the_readme_is_fresh(pages: ModuleType) -> None:
