@@ -62,7 +62,7 @@ class Screen:
 def terminal(*arguments: str) -> Iterator[Screen]:
     pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
     screen = pyte.Screen(SIZE[1], SIZE[0])
-    environment = os.environ | {"TERM": "xterm-256color"}
+    environment = os.environ | {"TERM": "xterm-256color", "LINES": str(SIZE[0]), "COLUMNS": str(SIZE[1])}
     child = pexpect.spawn(sys.executable, ["-c", START, *arguments], dimensions=SIZE, env=environment, encoding="utf-8")
     try:
         yield Screen(child, screen, pyte.Stream(screen))
