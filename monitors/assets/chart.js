@@ -79,7 +79,7 @@ const chart = (() => {
       upright(mark.step, i, "alarm heard", { width: 1.6 }), ...(mark.onset === mark.step ? [] : [upright(mark.onset, i, "began", { width: 1.6, dash: "dot" })])])];
     const cell = Math.min(14, Math.max(4, 190 / rows)), tall = rows ? 10 + rows * cell : 0, every = Math.ceil(11 / cell);
     const axis = { gridcolor: color.line, zeroline: false, linecolor: color.line, exponentformat: "power", tickfont: { color: color.soft } };
-    const layout = { height: BODY + tall + 96, width, uirevision: view.site, hovermode: "closest", dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    const layout = { height: BODY + tall + 96, width, uirevision: `site ${view.site}`, hovermode: "closest", dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       margin: { l: 54, r: 12, t: 12, b: 28 }, paper_bgcolor: "transparent", plot_bgcolor: "transparent", shapes,
       font: { family: "system-ui, sans-serif", size: 11, color: color.ink }, hoverlabel: { bgcolor: color.card, font: { color: color.ink } },
       legend: { orientation: "h", y: -28 / (BODY + tall), yanchor: "top", x: 0, font: { color: color.soft } },
