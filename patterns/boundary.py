@@ -146,6 +146,12 @@ def traced_weights(
     return found
 
 
+def entering_heads(match: Match) -> tuple[int, ...]:
+    """How many heads of keys and of values enter an attention: more than have weights of their own where they are repeated."""
+    held = [role for role in ("k", "v") if match.kind == "attention" and role in match.layout and role in match.roles]
+    return tuple(heads_of(match.layout[role], shape(match.roles[role]) or ())[1] for role in held)
+
+
 def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes) -> Origin | Untraced:
     """The weights behind the last position; behind the first where what stands last is no projection (a learned extra key)."""
     own = shape(node) or ()
