@@ -73,16 +73,13 @@ def attention_site(
     recompute = fits and (facts or {}).get("recompute", True)
     told = causal if mask is None else bool(causal)  # rows see what the mask says
     laws = _laws(roles, known_scale, dropout, told, recompute, broken or {})
-    barred = _untappable(view, edges, sizes)
-    if barred:
-        laws = without_gradients(laws, barred)
     traced = traced_weights(view, roles, layout, sizes)
     return Match(
         kind="attention",
         pattern=pattern,
         anchor=anchor,
         roles=roles,
-        operands={} if barred else {role: e.where if e.node is anchor else e for role, e in edges.items()},
+        operands={role: e.where if e.node is anchor else e for role, e in edges.items()},
         layout={role: layout[role] for role in roles},
         facts={
             "heads": heads,
@@ -175,17 +172,6 @@ def _misfit(sizes: Mapping[str, Sizes]) -> str:
         return f"shapes do not fit an attention: {shown}"
     if out[1] != q[1] or q[1] % k[1] or q[1] % v[1]:
         return f"its heads do not fit each other: {shown}"
-    return ""
-
-
-def _untappable(view: GraphView, edges: Mapping[str, Edge], sizes: Mapping[str, Sizes]) -> str:
-    """Why gradients cannot be read. They come back beside those of an early operand: see `foreshock.passes.taps`."""
-    if "out" in sizes and sizes["q"][0] != sizes["out"][0]:
-        return "one query serves a whole batch: gradients are not read"
-    first = min(view.order[edge.node] for edge in edges.values())
-    late = view.order.get(edges["v"].source, -1) > first
-    if late and sizes["v"][:3] != sizes["k"][:3]:
-        return "keys and values are broadcast differently: gradients are not read"
     return ""
 
 
