@@ -121,7 +121,8 @@ def traced_weights(
     """Back from q and k to the weights, for tensors that lie as ``layout`` says and are ``sizes`` with heads first."""
     found = Traced({}, {}, (), sizes["k"][1], {})
     for role in ("q", "k"):
-        origin = _origin(view, roles[role], layout[role], sizes[role])
+        states = role == "k" and roles["k"] is roles.get("v")
+        origin = _origin(view, roles[role], layout[role], sizes[role], states)
         if not isinstance(origin, Origin):
             found = found._replace(notes=(*found.notes, f"{role} was not traced to a weight: {origin.reason}"))
             continue
@@ -149,11 +150,17 @@ def entering_heads(match: Match) -> tuple[int, ...]:
     return tuple(heads_of(match.layout[role], shape(match.roles[role]) or ())[1] for role in held)
 
 
-def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes) -> Origin | Untraced:
-    """The weights behind the last position; behind the first where what stands last is no projection (a learned extra key)."""
+def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes, states: bool = False) -> Origin | Untraced:
+    """The weights behind the last position; behind the first where what stands last is no projection (a learned extra key).
+
+    ``states``: keys that are the values too, which may be states of several layers: then one projection must make them all.
+    """
     own = shape(node) or ()
     last = trace(view, node, channels_of(layout, own), sizes[1], sizes[3])
     first = trace(view, node, channels_of(layout, own, first=True), sizes[1], sizes[3])
+    one = isinstance(first, Origin) and isinstance(last, Origin) and first.projection is last.projection
+    if states and not one and (isinstance(first, Origin) or isinstance(last, Origin)):
+        return Untraced(f"{node.name}: keys that are the values too, and not made by one projection")
     if not isinstance(last, Origin):
         return first if isinstance(first, Origin) else last
     if isinstance(first, Origin) and first.projection is not last.projection:
