@@ -14,7 +14,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, S = 32, 4, 2, 8, 6
 
 
 class Tied(nn.Module):
-    """An encoder's attention, without a mask, and the decoder's over the same weights, with one: there transformers repeats keys."""
+    """An encoder's attention without a mask, and the decoder's over the same weights with one, where transformers repeats keys."""
 
     def __init__(self) -> None:
         super().__init__()
