@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from foreshock import _torch
 from foreshock.layout import canonical
 from foreshock.passes.plan import Frame, Plan, SitePlan, add, before, past_placeholders
 from foreshock.passes.taps import ENTER, LEAVE
@@ -39,12 +41,17 @@ def _differentiable(site: SitePlan) -> bool:
 
 def untappable(view: GraphView, match: Match) -> str:
     """Why no tap may stand at ``match``, or "": what stands behind one is a view of an autograd function, and PyTorch forbids
-    writing into it."""
+    writing into it; and the sizes of what comes back to it must be known where it stands."""
     end = next(iter(reversed(view.graph.nodes)))
     for role in ("out",) if match.operands else filter(None, (match.tapped,)):
         written = view.written(match.roles[role], end) if role in match.roles else []
         if written:
             return f"`{written[0].node.name}` writes into {role} in place: no gradients are read"
+    if match.operands:
+        try:
+            _ways_back(view, match, list(match.operands))
+        except ValueError as error:
+            return f"{error}: no gradients are read"
     return ""
 
 
@@ -81,21 +88,15 @@ def _tap_edges(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any], s
     match, graph, order = site.match, frame.graph, frame.view.order
     edges = {role: match.edge(role) for role in spec["roles"]}
     first = min((edge.node for edge in edges.values()), key=order.__getitem__)
-    late = [role for role, node in match.roles.items() if role in edges and order.get(node, -1) > order[first]]
-    width = int(match.facts["value_dim"])
-    behind = [(role, "k") for role in late] + ([("out", "q")] if _leaves(site) else [])
-    for role, like in behind:
-        if like in late:
-            raise ValueError(f"{like} is made only after another operand has entered: {role} has no way back")
-        _check_carrier(plan, match, role, like, width)
-    spec["late"] = [{"role": role, "like": like, "width": width} for role, like in behind]
-    early = spec["roles"] = [role for role in spec["roles"] if role not in late]
+    spec["late"] = _ways_back(frame.view, match, spec["roles"])
+    behind = [way["role"] for way in spec["late"]]
+    early = spec["roles"] = [role for role in spec["roles"] if role not in behind]
     with before(graph, first):
         piece, made = _enter(frame, site, [edges[role].source for role in early], spec, size)
     for role, view in zip(early, made, strict=False):
         _replace(edges[role], view)
     carriers = made[len(early) :]
-    for position, (role, _) in enumerate(behind):
+    for position, role in enumerate(behind):
         pair = carriers[2 * position : 2 * position + 2]
         source = match.roles["out"] if role == "out" else edges[role].source
         readers = _readers(source)
@@ -110,12 +111,47 @@ def _tap_edges(plan: Plan, frame: Frame, site: SitePlan, spec: dict[str, Any], s
     return piece
 
 
-def _check_carrier(plan: Plan, match: Match, role: str, like: str, width: int) -> None:
-    """The way back through carriers needs a tensor of the same batch, heads and positions, and ``width`` channels."""
-    with plan.fake_mode:
-        late, lead = (canonical(match.roles[r].meta["example_value"], match.layout[r]) for r in (role, like))
-    if late.shape[:-1] != lead.shape[:-1] or late.shape[-1] != width:
-        raise ValueError(f"{role} {tuple(late.shape)} does not lie like {like} {tuple(lead.shape)}")
+def _ways_back(view: GraphView, match: Match, roles: list[str]) -> list[dict[str, Any]]:
+    """How gradients of the output and of operands made late come back: the ``late`` of a tap's spec. Raises ValueError where
+    the sizes of one are neither numbers nor those of an operand that is there when the first enters."""
+    edges = {role: match.edge(role) for role in roles}
+    first = min(view.order[edge.node] for edge in edges.values())
+    late = [role for role in roles if view.order.get(match.roles[role], -1) > first]
+    early = [role for role in roles if role not in late]
+    with _torch.fake_mode_of([match.roles[role].meta["example_value"] for role in early]):
+        lies = {
+            r: canonical(match.roles[r].meta["example_value"], match.layout[r]).shape for r in (*roles, *_out(match))
+        }
+    ways: list[dict[str, Any]] = []
+    for role in (*late, *_out(match)):
+        usual = "q" if role == "out" else "k"
+        like = usual if usual in early else early[0]
+        sizes = [_told(size, lies[like][axis], early, lies) for axis, size in enumerate(lies[role][:3])]
+        width = lies[role][3]
+        if "" in sizes or type(width) is not int:
+            raise ValueError(f"{role} {tuple(lies[role])} has sizes that are not known where {early[0]} enters")
+        ways.append({"role": role, "like": like, "width": width, **({"sizes": sizes} if sizes != [None] * 3 else {})})
+    return ways
+
+
+def _out(match: Match) -> tuple[str, ...]:
+    return ("out",) if "out" in match.roles else ()
+
+
+def _told(size: Any, like: Any, early: list[str], lies: Mapping[str, Any]) -> Any:
+    """Of a size: None where it is that of ``like``, a number, or the axis of an early operand that has it; "" if not known."""
+    if _same(size, like):
+        return None
+    if type(size) is int:
+        return size
+    return next(([role, axis] for role in early for axis in range(4) if _same(lies[role][axis], size)), "")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two sizes are one whatever they are: to compare symbols would add a guard."""
+    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
+        return bool(one.node.expr == other.node.expr)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _enter(

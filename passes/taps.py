@@ -118,6 +118,19 @@ def _read(tensors: list[Tensor], rows: Tensor, spec: str) -> Tensor:
     return _compute(parsed, named, rows, rows.device)
 
 
+def _carrier(late: Mapping[str, Any], named: Named, layout: Mapping[str, str]) -> Tensor:
+    """A view of an input that lies as what comes back through it: like the input, but where ``sizes`` says otherwise with a number
+    or with an axis of another input."""
+    lead = canonical(named[late["like"]], layout[late["like"]])[..., :1]
+    sizes = list(lead.shape[:-1])
+    for axis, told in enumerate(late.get("sizes", ())):
+        if told is None:
+            continue
+        lead = lead.narrow(axis, 0, 1)
+        sizes[axis] = told if isinstance(told, int) else canonical(named[told[0]], layout[told[0]]).shape[told[1]]
+    return lead.expand(*sizes, late["width"])
+
+
 class _Enter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: str, slot: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -128,8 +141,7 @@ class _Enter(torch.autograd.Function):
         named = dict(zip(parsed["roles"], inputs, strict=True))
         carriers = []
         for late in parsed.get("late", ()):
-            lead = canonical(named[late["like"]], parsed["layout"][late["like"]])[..., :1]
-            carrier = lead.expand(*lead.shape[:-1], late["width"])
+            carrier = _carrier(late, named, parsed["layout"])
             carriers += [carrier, carrier.view_as(carrier)]
         return (*(x.view_as(x) for x in inputs), *carriers)
 

@@ -81,7 +81,10 @@ def layouts(
         labels = [found[axis] for found in origins.values() if axis in found]
         pieces += _pieces(axis, size, places, [label for label in labels if label is not None])
     moves = {role: {p: _steps(of_role[p.axis] or (), p.stride) for p in pieces} for role, of_role in columns.items()}
+    blind = all(label is None for label in origins["q"].values())
     names = _names(pieces, moves, origins, lead, keys, queries)
+    if blind:
+        names |= _by_keys(view, operands["k"], frame, keys, names)
     order = _order(pieces, names, moves)
     found: dict[str, str] = {}
     for role, operand in operands.items():
@@ -226,6 +229,33 @@ def _names(
         inner = [p for p in shared if p.axis == outside[-1]]
         heads |= set(inner if len(outside) > 1 else inner[-1:] if len(inner) > 1 else ())
     return {p: known.get(p, "h" if p in heads else "b") for p in pieces}
+
+
+def _by_keys(
+    view: GraphView, operand: Operand, frame: tuple[int, ...], keys: int, names: Mapping[Piece, str]
+) -> dict[Piece, str]:
+    """What the last key tells where no weight is reached from the queries: the same elements again beside other heads are heads
+    repeated, and the same channels of other tokens are a batch."""
+    found: dict[Piece, str] = {}
+    for p in (p for p, name in names.items() if name != "s" and p.axis != keys):
+        beside = any(name == "h" for other, name in names.items() if other.axis == p.axis and other is not p)
+        if names[p] != "h" and not beside:
+            continue
+        at = (np.array([0, p.stride]) if a == p.axis else size - 1 if a == keys else 0 for a, size in enumerate(frame))
+        ends = operand.place(tuple(at))
+        if ends is None or all(np.ndim(x) == 0 for x in ends):
+            continue
+        trail = Pull(view)(operand.node, ends, operand.reader)
+        product = None if trail is None else Pull(view).projection(trail.view, trail.node)
+        if trail is None or product is None:
+            continue
+        met, side = product
+        moved = {letter for letter, x in zip(met.result, trail.coordinates, strict=True) if np.unique(x).size > 1}
+        if moved and moved.isdisjoint(met.letters[side]):
+            found[p] = "b"
+        elif not moved and beside:
+            found[p] = "h"
+    return found
 
 
 def _order(pieces: list[Piece], names: Mapping[Piece, str], moves: Mapping[str, Moves]) -> dict[Piece, int]:

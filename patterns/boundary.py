@@ -73,16 +73,13 @@ def attention_site(
     recompute = fits and (facts or {}).get("recompute", True)
     told = causal if mask is None else bool(causal)  # rows see what the mask says
     laws = _laws(roles, known_scale, dropout, told, recompute, broken or {})
-    barred = _untappable(view, edges, sizes)
-    if barred:
-        laws = without_gradients(laws, barred)
     traced = traced_weights(view, roles, layout, sizes)
     return Match(
         kind="attention",
         pattern=pattern,
         anchor=anchor,
         roles=roles,
-        operands={} if barred else {role: e.where if e.node is anchor else e for role, e in edges.items()},
+        operands={role: e.where if e.node is anchor else e for role, e in edges.items()},
         layout={role: layout[role] for role in roles},
         facts={
             "heads": heads,
@@ -124,7 +121,8 @@ def traced_weights(
     """Back from q and k to the weights, for tensors that lie as ``layout`` says and are ``sizes`` with heads first."""
     found = Traced({}, {}, (), sizes["k"][1], {})
     for role in ("q", "k"):
-        origin = _origin(view, roles[role], layout[role], sizes[role])
+        states = role == "k" and roles["k"] is roles.get("v")
+        origin = _origin(view, roles[role], layout[role], sizes[role], states)
         if not isinstance(origin, Origin):
             found = found._replace(notes=(*found.notes, f"{role} was not traced to a weight: {origin.reason}"))
             continue
@@ -146,11 +144,23 @@ def traced_weights(
     return found
 
 
-def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes) -> Origin | Untraced:
-    """The weights behind the last position; behind the first where what stands last is no projection (a learned extra key)."""
+def entering_heads(match: Match) -> tuple[int, ...]:
+    """How many heads of keys and of values enter an attention: more than have weights of their own where they are repeated."""
+    held = [role for role in ("k", "v") if match.kind == "attention" and role in match.layout and role in match.roles]
+    return tuple(heads_of(match.layout[role], shape(match.roles[role]) or ())[1] for role in held)
+
+
+def _origin(view: GraphView, node: Node, layout: str, sizes: Sizes, states: bool = False) -> Origin | Untraced:
+    """The weights behind the last position; behind the first where what stands last is no projection (a learned extra key).
+
+    ``states``: keys that are the values too, which may be states of several layers: then one projection must make them all.
+    """
     own = shape(node) or ()
     last = trace(view, node, channels_of(layout, own), sizes[1], sizes[3])
     first = trace(view, node, channels_of(layout, own, first=True), sizes[1], sizes[3])
+    one = isinstance(first, Origin) and isinstance(last, Origin) and first.projection is last.projection
+    if states and not one and (isinstance(first, Origin) or isinstance(last, Origin)):
+        return Untraced(f"{node.name}: keys that are the values too, and not made by one projection")
     if not isinstance(last, Origin):
         return first if isinstance(first, Origin) else last
     if isinstance(first, Origin) and first.projection is not last.projection:
@@ -169,17 +179,6 @@ def _misfit(sizes: Mapping[str, Sizes]) -> str:
         return f"shapes do not fit an attention: {shown}"
     if out[1] != q[1] or q[1] % k[1] or q[1] % v[1]:
         return f"its heads do not fit each other: {shown}"
-    return ""
-
-
-def _untappable(view: GraphView, edges: Mapping[str, Edge], sizes: Mapping[str, Sizes]) -> str:
-    """Why gradients cannot be read. They come back beside those of an early operand: see `foreshock.passes.taps`."""
-    if "out" in sizes and sizes["q"][0] != sizes["out"][0]:
-        return "one query serves a whole batch: gradients are not read"
-    first = min(view.order[edge.node] for edge in edges.values())
-    late = view.order.get(edges["v"].source, -1) > first
-    if late and sizes["v"][:3] != sizes["k"][:3]:
-        return "keys and values are broadcast differently: gradients are not read"
     return ""
 
 

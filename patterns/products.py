@@ -91,14 +91,19 @@ def _einsum(node: Node) -> Product | None:
 
 def _summed(node: Node) -> Product | None:
     """``(a * b).sum(dim)``."""
-    source, dims = argument(node, 0, "input"), argument(node, 1, "dim")
-    if not isinstance(source, Node) or op(source) != "mul" or dims is None or argument(node, 2, "keepdim", False):
+    source = argument(node, 0, "input")
+    return reduced(node, source, argument(node, 1, "dim")) if isinstance(source, Node) and op(source) == "mul" else None
+
+
+def reduced(node: Node, source: Node, dims: Any) -> Product | None:
+    """``node``, which sums over ``dims`` what ``source`` makes of two tensors element by element."""
+    if dims is None or argument(node, 2, "keepdim", False):
         return None
     operands = tuple(x for x in args(source)[:2] if shape(x) is not None)
     edges = _edges(source, operands) if len(operands) == 2 else None
     if edges is None:
         return None
-    count = axes(source)
+    count = max(map(axes, operands))
     gone = {int(dim) % count for dim in (dims if isinstance(dims, list | tuple) else [dims])}
     letters = tuple(tuple(range(count - axes(x), count)) for x in operands)
     return Product(node, edges, letters, tuple(letter for letter in range(count) if letter not in gone))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from foreshock.patterns import Match
-from foreshock.patterns.boundary import NO_GRADIENT
+from foreshock.patterns.boundary import NO_GRADIENT, entering_heads
 from foreshock.patterns.experts import ROLE as EXPERTS
 from foreshock.patterns.pattern import line_of
 from foreshock.records import Array, Facts, Probe, Site, SiteStatus, WeightView, met
@@ -96,11 +96,12 @@ class Instances:
         held: Held,
         beside: dict[Any, list[set[str]]],
     ) -> Instance:
-        """``name`` and the line of source tell apart sites without weights, ``name`` alone those that lack one of two. ``beside``
-        keeps, for one call of one graph, which laws hold at the sites of one key: where they differ, the sites do."""
+        """``name`` and the line of source tell apart sites without weights, ``name`` alone those that lack one of two, and so do
+        the heads of k and v as they enter, for readings are one a head. ``beside`` keeps, for one call of one graph, which laws
+        hold at the sites of one key: where they differ, the sites do."""
         weights = tuple(id(parameter) for parameters in held.values() for parameter in parameters)
         rows = tuple(view.index.tobytes() for view in match.weights.values())
-        form = (match.kind, match.pattern, *(match.facts.get(fact) for fact in _FORM))
+        form = (match.kind, match.pattern, *(match.facts.get(fact) for fact in _FORM), *entering_heads(match))
         lacking = match.kind == "attention" and len(match.weights) == 1
         key = (
             *form,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -143,3 +144,116 @@ def compared(q, k, v, table):
 @pytest.mark.parametrize("call", [linear_attention, decayed, experts_from_a_table, indexer, known, compared])
 def test_what_is_none_or_known_is_not_named(capture, call: Callable[..., Any]) -> None:
     assert capture(Attention(call), torch.randn(B, S, HIDDEN)).reasons == []
+
+
+def powers_of_two(q, k, v, table):
+    p = (q @ k.mT).exp2()
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+def powers_of_a_number(q, k, v, table):
+    p = 2 ** (q @ k.mT)
+    return (p / p.sum(-1, keepdim=True)) @ v
+
+
+@pytest.mark.parametrize("call", [powers_of_two, powers_of_a_number], ids=lambda call: call.__name__)
+def test_other_exponentials_are_named(capture, call: Callable[..., Any]) -> None:
+    (reason,) = capture(Attention(call), torch.randn(B, S, HIDDEN)).reasons
+    assert re.match("`(exp2|pow)` of a product weighs what `.*` sums: an attention in a form that is not known", reason)
+
+
+def distances(q, k, v, table):
+    return (-torch.cdist(q, k)).softmax(-1) @ v
+
+
+def squared_distances(q, k, v, table):
+    return (-(q[:, :, :, None] - k[:, :, None]).square().sum(-1)).softmax(-1) @ v
+
+
+def inner_products(q, k, v, table):
+    return torch.linalg.vecdot(q[:, :, :, None], k[:, :, None]).softmax(-1) @ v
+
+
+def mean_of_products(q, k, v, table):
+    return ((q @ k.mT).softmax(-1)[..., None] * v[:, :, None]).mean(-2)
+
+
+COMPARED = [distances, squared_distances, inner_products, mean_of_products]
+
+
+@pytest.mark.parametrize("call", COMPARED, ids=lambda call: call.__name__)
+def test_queries_and_keys_may_be_compared_by_other_means(capture, call: Callable[..., Any]) -> None:
+    match = capture(Attention(call), torch.randn(B, S, HIDDEN)).match
+    assert match.pattern == "attention in an unknown form"
+    assert (match.facts["heads"], match.facts["kv_heads"], match.facts["head_dim"]) == (H, H, D)
+    assert (match.weights["q_weight"].names, match.weights["k_weight"].names) == (("q.weight",), ("k.weight",))
+    assert all(match.laws.values())
+
+
+def prototypes(q, k, v, table):
+    """Distances to rows of a table."""
+    return (-torch.cdist(q, table[0])).softmax(-1) @ table[0]
+
+
+def test_distances_to_a_table_are_none(capture) -> None:
+    assert capture(Attention(prototypes), torch.randn(B, S, HIDDEN)).findings.matches == ()
+
+
+# -- what a graph break cuts ---------------------------------------------------------------------------------------------
+
+
+def _ledger(model: nn.Module, **given: Tensor) -> tuple[list[str], int]:
+    with Watch(every=1, inner="eager", strict=True, detectors=[]) as watch:
+        output = torch.compile(model, backend=watch.backend)(**given)
+        getattr(output, "logits", output).sum().backward()
+        return list(watch.coverage.unmatched), len(watch.coverage)
+
+
+def test_the_half_of_deberta_behind_its_graph_break_is_named() -> None:
+    config = transformers.DebertaConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=1,
+        num_attention_heads=H,
+        intermediate_size=HIDDEN,
+        vocab_size=16,
+        max_position_embeddings=S,
+        relative_attention=True,
+        pos_att_type=["c2p", "p2c"],
+    )
+    tokens = torch.randint(0, 16, (B, S))
+    (said,), sites = _ledger(transformers.DebertaForMaskedLM(config).train(), input_ids=tokens)
+    assert sites == 0
+    assert "`softmax` of what another graph made weighs what" in said
+    assert "a graph break stands in its middle" in said
+    assert "modeling_deberta.py" in said
+
+
+def cut_after(q, k, v, table):
+    p = functional.dropout((q @ k.mT).softmax(-1), 0.1)
+    torch._dynamo.graph_break()
+    return p @ v
+
+
+def cut_before(q, k, v, table):
+    logits = q @ k.mT
+    torch._dynamo.graph_break()
+    return logits.masked_fill(torch.ones(S, S).triu(1).bool(), -1e9).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("call", [cut_after, cut_before], ids=lambda call: call.__name__)
+def test_a_softmax_beside_a_graph_break_is_named_once(call: Callable[..., Any]) -> None:
+    torch._dynamo.reset()
+    (said,), sites = _ledger(Attention(call), x=torch.randn(B, S, HIDDEN))
+    assert sites == 0
+    assert "`softmax` of" in said
+    assert "it is not watched" in said
+
+
+def gate_from_outside(x, gate, values):
+    """A mask or a gate that enters is no half of an attention where nothing is weighed that has channels of its own."""
+    return (x.softmax(-1) * gate).sum(-1)
+
+
+def test_a_softmax_of_an_input_that_weighs_nothing_is_not_named(capture) -> None:
+    given = [torch.randn(B, H, S, S, requires_grad=True) for _ in range(2)]
+    assert capture(gate_from_outside, *given, torch.randn(B)).reasons == []
