@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from importlib.metadata import version as installed
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from foreshock.errors import ForeshockError
-
-if TYPE_CHECKING:
-    from foreshock.monitors.compare import Comparison
-    from foreshock.records import Alarm, Coverage
+from foreshock.printing import print_alarms, print_comparison, print_coverage, print_json, print_table
 
 EXIT_CODES = (
     "Exit codes: 0 all went well; 1 something was found (doctor: a problem, scan: weights that are not finite, "
@@ -145,9 +139,9 @@ def sites(
                 NEVER_TRAINED
             )  # a script of a step or two: whether one was sampled says nothing
     if as_json:
-        _print_json(coverage.to_json())
+        print_json(coverage.to_json())
     else:
-        _print_coverage(coverage, every)
+        print_coverage(coverage, every)
     if draw is not None:
         for path in drawings.write(draw):
             print("drawn:", path, file=sys.stderr)
@@ -196,9 +190,9 @@ def alarms(run: RunFolder, as_json: AsJson = False) -> None:
     with open_run(run) as opened:
         found = opened.alarms
     if as_json:
-        _print_json([alarm.to_json() for alarm in found])
+        print_json([alarm.to_json() for alarm in found])
         return
-    _print_alarms(found)
+    print_alarms(found)
 
 
 @app.command()
@@ -222,9 +216,9 @@ def compare(
         comparison = compared(opened, others, align=align)
         alarms = rejudge(opened, baseline=others, align=align)
     if as_json:
-        _print_json(comparison.to_json() | {"alarms": [alarm.to_json() for alarm in alarms]})
+        print_json(comparison.to_json() | {"alarms": [alarm.to_json() for alarm in alarms]})
     else:
-        _print_comparison(comparison, alarms, None if every else 25)
+        print_comparison(comparison, alarms, None if every else 25)
 
 
 @app.command()
@@ -233,10 +227,10 @@ def metrics(as_json: AsJson = False) -> None:
     from foreshock.monitors.metrics import COSTS, METRICS
 
     if as_json:
-        _print_json([asdict(metric) for metric in METRICS])
+        print_json([asdict(metric) for metric in METRICS])
         return
     columns = ("name", "formula", "unit", "axis", "merge", "cost", "source", "meaning")
-    _print_table(columns, [[str(getattr(metric, column)) for column in columns] for metric in METRICS])
+    print_table(columns, [[str(getattr(metric, column)) for column in columns] for metric in METRICS])
     for cost, said in COSTS.items():
         print(f"{cost}: {said}")
 
@@ -258,7 +252,7 @@ def export(
     with open_run(run) as opened, bar("series") as progress:
         rows = exported(opened, output, metrics=metrics or ("*",), progress=progress)
     if as_json:
-        _print_json({"file": str(output), "rows": rows})
+        print_json({"file": str(output), "rows": rows})
     else:
         print(f"{output}: {rows:,} rows")
 
@@ -295,10 +289,10 @@ def scan(
     with redirect_stdout(sys.stderr), bar("sites") as progress:
         found = scanned(checkpoints, model, args=args or (), prefix=prefix, progress=progress)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     for table in () if as_json else shown(found, None if every else 25):
         print(f"{table.title}:")
-        _print_table(table.columns, table.rows)
+        print_table(table.columns, table.rows)
         print(f"and {table.of - len(table.rows)} more: --all\n" if table.of > len(table.rows) else "")
     for line in () if as_json else told(found):
         print(line)
@@ -320,9 +314,9 @@ def doctor(
     with spinner("looking") as now:
         checks = list(examine(compiles=compiles, begin=now))
     if as_json:
-        _print_json([check.to_json() for check in checks])
+        print_json([check.to_json() for check in checks])
     else:
-        _print_table(("", "what", "found", "what to do"), [[c.state, c.name, c.found, c.advice] for c in checks])
+        print_table(("", "what", "found", "what to do"), [[c.state, c.name, c.found, c.advice] for c in checks])
     raise typer.Exit(1 if any(check.state == "problem" for check in checks) else 0)
 
 
@@ -337,90 +331,3 @@ def demo(
     from foreshock.demo.driver import SEED, run_demo
 
     raise typer.Exit(run_demo(out, quick, SEED if seed is None else seed, as_json))
-
-
-def _print_alarms(alarms: Sequence[Alarm]) -> None:
-    for alarm in alarms:
-        print(f"step {alarm.step} ({alarm.since}) {alarm.severity}: {' '.join(alarm.message.split())}")
-    if not alarms:
-        print("no alarms")
-
-
-def _print_comparison(comparison: Comparison, alarms: Sequence[Alarm], most: int | None) -> None:
-    c = comparison
-    first, last = (f"{place:.0f}" for place in c.span)
-    print(
-        f"{c.run} beside {', '.join(c.references)}: {c.series} series at {c.sites} sites, {c.align} {first} to {last}"
-    )
-    for text in c.missing:
-        print(f"  {text}")
-    print("\nAlarms, with the references as baseline:")
-    _print_alarms(alarms)
-    if not c.departures:
-        print("\nNo series ends outside the references' band.")
-        return
-    started = sum(departure.started for departure in c.departures)
-    print(f"\n{len(c.departures)} series end outside the references' band, {started} of them from the start (*):")
-    rows = [
-        [d.metric, d.site or "", d.over, f"{d.first}{'*' * d.started}", _widths(d.end), f"{_widths(d.worst)} at {d.worst_step}",
-         d.direction]
-        for d in c.departures[:most]
-    ]  # fmt: skip
-    _print_table(("metric", "site", "over", "from step", "widths at the end", "at worst", "direction"), rows)
-    if len(rows) < len(c.departures):
-        print(f"and {len(c.departures) - len(rows)} more: --all")
-
-
-def _widths(distance: float) -> str:
-    if not math.isfinite(distance):
-        return "not finite"
-    return f"{distance:+.1f}" if abs(distance) < 1000 else f"{math.copysign(1000, distance):+.0f} or more"
-
-
-def _print_coverage(coverage: Coverage, every: bool) -> None:
-    from foreshock.monitors.ledger import beside, summary, table
-
-    rows, footnotes = table(coverage, every=every)
-    columns = ("model", "site", "n", "kind", "form", "shape", "logits", "weights", "runs", "laws that hold", "notes")
-    models = [row.model for row in rows]
-    several = len(set(models)) > 1
-    told = iter("" if model == before else model or "?" for model, before in zip(models, [None, *models], strict=False))
-    cells = [
-        (next(told), row.name, row.sites, row.kind, row.form, row.shape, row.details, row.weights, row.evaluations, row.laws,
-         " ".join(f"[{number}]" for number in row.footnotes))
-        for row in rows
-    ]  # fmt: skip
-    if rows:
-        first = 0 if several else 1  # a single model goes without saying
-        _print_table(columns[first:], [[str(cell) for cell in line[first:]] for line in cells])
-    for number, text in enumerate(footnotes, 1):
-        print(f"[{number}] {text}")
-    for title, lines in beside(coverage):
-        print(f"\n{title}:")
-        for text in lines:
-            print(f"  {text}")
-    print(f"\n{summary(coverage)}")
-
-
-def _print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    table = Table(*(Column(name, overflow="fold") for name in columns))
-    for row in rows:
-        table.add_row(*row)
-    width = None if sys.stdout.isatty() else 200
-    Console(markup=False, highlight=False, width=width).print(table)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_plain(value), indent=2))
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become their names."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

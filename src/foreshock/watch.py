@@ -6,7 +6,6 @@ import atexit
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -300,9 +299,7 @@ class Watch:
     def __enter__(self) -> Watch:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._end(settle=kind is None)  # after an error the other ranks wait elsewhere, and not for this one
 
     def state_dict(self) -> dict[str, Any]:
