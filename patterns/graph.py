@@ -180,8 +180,8 @@ def source_name(node: Node) -> str:
 
 
 def _root(source: str) -> str:
-    """``L['model']._modules['layers']`` -> ``L['model']``."""
-    found = re.match(r"[LG]\['[^']*'\]", source)
+    """``L['model']._modules['layers']`` -> ``L['model']``; under a decorator the module is one of ``L['args']``."""
+    found = re.match(r"L\['args'\]\[\d+\]|[LG]\['[^']*'\]", source)
     return found[0] if found else ""
 
 

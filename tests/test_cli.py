@@ -37,6 +37,8 @@ elif "decorator" in sys.argv:
     forward = torch.compile(fullgraph=True)(model)
 elif "other" in sys.argv:
     model = torch.compile(model, backend="eager")
+elif "eager" in sys.argv:
+    pass
 else:
     model = torch.compile(model)
 if "train" in sys.argv:
@@ -209,6 +211,10 @@ def test_sites(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert status["site"]["heads"] == 2
     assert "arguments ['train']" in printed.err
     assert call(monkeypatch, "sites", script, "--", "train") == 0
+    assert "2 heads, 2 kv, dim 4" in capsys.readouterr().out
+    assert call(monkeypatch, "sites", script, "--", "train", "eager") == 0
+    assert "--compile-eager auto" in capsys.readouterr().out
+    assert call(monkeypatch, "sites", "--compile-eager", "auto", script, "--", "train", "eager") == 0
     assert "2 heads, 2 kv, dim 4" in capsys.readouterr().out
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +59,18 @@ def found(run: Callable[[Watch, Tensor], Tensor], bound: nn.Module | None = None
         return [(status.site.name, status.site.q_weight.names) for status in watch.coverage if status.site.q_weight]
 
 
+def decorated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+        return forward(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Net):
+    forward = decorated(Net.forward)
+
+
 PLAIN = [(f"layers.{i}", (f"layers.{i}.qkv.weight",)) for i in (0, 1)]
 
 
@@ -65,10 +79,11 @@ PLAIN = [(f"layers.{i}", (f"layers.{i}.qkv.weight",)) for i in (0, 1)]
     "run",
     [
         lambda watch, x: torch.compile(net, backend=watch.backend)(x),
+        lambda watch, x: torch.compile(Decorated(), backend=watch.backend)(x),
         lambda watch, x: torch.compile(lambda y: net(y), backend=watch.backend)(x),
         lambda watch, x: torch.compile(lambda model, y: model(y), backend=watch.backend)(net, x),
     ],
-    ids=["a module", "a function of a global", "a function of a module"],
+    ids=["a module", "a module behind a decorator", "a function of a global", "a function of a module"],
 )
 def test_the_one_object_that_holds_all_weights_goes_without_saying(run, bound: bool) -> None:
     assert found(run, net if bound else None) == PLAIN

@@ -123,7 +123,11 @@ def root_module() -> str:
     while frame is not None:
         translator = getattr(frame.f_locals.get("self"), "root_tx", None)
         if translator is not None:
-            held = [x for x in translator.f_locals.values() if isinstance(x, torch.nn.Module)]
+            values = translator.f_locals.values()
+            args = [
+                one for value in values for one in (value if isinstance(value, tuple) else (value,))
+            ]  # a decorator's *args
+            held = [one for one in args if isinstance(one, torch.nn.Module)]
             return _class_name(held[0]) if held else ""
         frame = frame.f_back
     return ""

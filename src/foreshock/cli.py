@@ -106,6 +106,8 @@ def sites(
         str, typer.Argument(metavar="SCRIPT|MODEL", help="A script, package.module:callable, or config.json.")
     ],
     args: ScriptArgs = None,
+    module: ModuleOption = False,
+    compile_eager: EagerOption = None,
     every: Annotated[bool, typer.Option("--all", help="A row for each layer, also where they are alike.")] = False,
     draw: Annotated[Path | None, typer.Option("--draw", metavar="DIR", help="Draw each form of site into DIR.")] = None,
     as_json: AsJson = False,
@@ -128,11 +130,11 @@ def sites(
     prepare = drawings.watch if draw is not None else lambda watch: None
     code = 0
     with redirect_stdout(sys.stderr):  # what the script prints must not stand in the table
-        if is_model(target):
+        if is_model(target) and not module:
             with spinner(f"capturing {target}"):
                 coverage = survey(target, args or [], prepare)
         else:
-            outcome = launch(target, args or [], prepare=prepare)
+            outcome = launch(target, args or [], module=module, compile_eager=compile_eager, prepare=prepare)
             nothing = Coverage(warnings=(outcome.summary()[0],))
             coverage, code = outcome.watch.coverage if outcome.watch is not None else nothing, outcome.code
             coverage = coverage.without(
