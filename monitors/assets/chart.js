@@ -48,10 +48,14 @@ const chart = (() => {
     const shown = z.map((row) => row.map((v) => v !== null && !Number.isFinite(v) ? Infinity : size(v))), [low, high] = range(shown.flat().filter((v) => v !== null));
     view.range = judged ? null : [low, high].map((v) => log ? 10 ** v : v);
     const top = judged ? 0 : high, bottom = judged ? -3 : low, over = (top - bottom) * 2e-3 || 1e-9;  // above the floor, or not finite: its own colour
-    return { type: "heatmap", x, y: view.rows.map(({ label }) => plain(label)), yaxis: "y2", showscale: false, zmin: bottom, zmax: top + over,
+    const names = view.rows.map(({ label }) => plain(label)), gap = [null, null];  // dotted as well, for those who see no orange
+    const dotted = shown.flatMap((row, r) => [...row.flatMap((v, c) => v !== null && v > top ? [[x[c], names[r]], [x[c + 1], names[r]]] : [gap]), gap]);
+    return [{ type: "heatmap", x, y: names, yaxis: "y2", showscale: false, zmin: bottom, zmax: top + over,
       z: shown.map((row) => row.map((v) => v === Infinity ? top + over : v)), customdata: z.map((row) => row.map((v) => v === null ? "" : number(v))),
       colorscale: [...scale.map(([at, c]) => [at * 0.9985, c]), [0.999, color.alarm], [1, color.alarm]], hoverongaps: false,
-      hovertemplate: `%{y}, about step %{x:.0f}: %{customdata}${judged ? " of its floor" : ""}<extra></extra>` };
+      hovertemplate: `%{y}, about step %{x:.0f}: %{customdata}${judged ? " of its floor" : ""}<extra></extra>` },
+    { x: dotted.map(([at]) => at), y: dotted.map(([, name]) => name), yaxis: "y2", mode: "lines", hoverinfo: "skip", showlegend: false,
+      line: { color: color.card, width: 2, dash: "2px,6px" } }];
   };
 
   const draw = (div, view, width) => {
@@ -71,7 +75,7 @@ const chart = (() => {
       ...(view.odd.length ? [{ x: view.odd.map(({ step }) => step), y: view.odd.map(() => top), mode: "markers", cliponaxis: false, name: "not finite",
         marker: { symbol: "x-thin", size: 8, line: { color: color.alarm, width: 2 } }, showlegend: true,
         text: view.odd.map(({ what, label }) => plain(`${what} ${label}`)), hovertemplate: "%{text}, step %{x:d}<extra></extra>" }] : []),
-      ...(rows ? [strip(view, log, color)] : [])];
+      ...(rows ? strip(view, log, color) : [])];
     const upright = (x, i, name, style) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", name, showlegend: i === 0, line: { color: color.alarm, ...style } });
     const shapes = [...view.bounds.map((y, i) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, name: "bound", showlegend: i === 0,
       line: { color: color.ink, width: 1.4, dash } })), ...view.marks.flatMap((mark, i) => [

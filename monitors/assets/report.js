@@ -181,7 +181,7 @@
       if (this.site === ALL && this.all.some((series) => series.width > 1))
         found.push(`Each line: the ${metric.fold} of its ${Array.isArray(metric.heads) ? "parts" : `${metric.heads}s`}.`);
       if (view.odd.length) found.push(`✕ not finite at ${view.odd.length} step${view.odd.length > 1 ? "s" : ""}.`);
-      if (view.rows.length > 1 && view.rules.length) found.push("Strip: dark 1/1000 of the floor to bright at it; orange above it.");
+      if (view.rows.length > 1 && view.rules.length) found.push("Strip: dark 1/1000 of the floor to bright at it; orange and dotted above it.");
       else if (view.rows.length > 1 && view.range[0] < view.range[1])
         found.push(`Strip: dark ${chart.number(view.range[0])} to bright ${chart.number(view.range[1])}.`);
       if (one && one.width > 1 && !one.heads) found.push(`Its ${one.width} parts are too many for this page.`);

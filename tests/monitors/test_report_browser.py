@@ -56,7 +56,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_figures_are_drawn_where_they_are_seen(browser: Any, report: str) -> None:
     with opened(browser, report) as page:
-        assert drawn(page, "#alarm-1-chart") == 4  # three heads and the floor
+        assert drawn(page, "#alarm-1-chart") == 5  # three heads, the floor, and dots where a head is above it
         assert page.locator("#alarm-1-chart .heatmaplayer image").count() == 1
         assert page.locator("#alarm-1-chart .readout").inner_text().startswith("Last, at step 990: 0.4")
         assert page.locator("h1").count() == 1
@@ -64,7 +64,7 @@ def test_figures_are_drawn_where_they_are_seen(browser: Any, report: str) -> Non
         assert "<b>layers</b>.2.attention" in page.locator("#verdict").inner_text()
         assert page.locator("#m-attention-q-rms .plot").count() == 0, "what is folded away is drawn when it is seen"
         page.locator(EULER).scroll_into_view_if_needed()
-        assert drawn(page, EULER) == SITES + 1
+        assert drawn(page, EULER) == SITES + 2  # likewise
         page.locator("#m-run-loss").scroll_into_view_if_needed()
         until(lambda: "not finite at 1 step" in page.locator("#m-run-loss .readout").inner_text())
         assert "not finite" in page.locator("#m-run-loss .legend").text_content()
