@@ -1,86 +1,234 @@
-"""What merging costs a large job: bytes, collectives and host time a flush, from 8 to 16,384 ranks.
+"""What merging costs a large job: bytes, collectives and host time, from 8 to 16,384 ranks.
 
     python benchmarks/fleet.py [--json FOLDER] [--latency SECONDS] [--bandwidth BYTES]
 
-One attention and one router are measured in a real step; a model has so many of them. What a rank's host does in a flush (packing,
-the merge, making metrics of the sums) is timed in a job of one rank, and all-reduces of vectors of that length between two and four
-processes of this machine. What more ranks take is a model, not a measurement: a ring waits ``2 (n - 1)`` times for the latency of
-a link and moves ``2 (n - 1) / n`` of the vector over it; a tree waits ``2 log2 n`` times and moves it twice. The defaults are of
-Ethernet between hosts, 50 us and 1.25 GB/s.
+A layer with 32 heads (and a router) is trained for 51 steps in a job of one rank; what it then has to tell, with all that is read
+beside its sites (spectra of both windows, router weights, the loss, the squares of gradients), is told by as many layers in a job
+that is simulated: `foreshock.merging` runs as it is, its collectives are counted, and other ranks' answers are made up. So bytes,
+collectives and the host's time are counted and measured, the last as the processor's, the least of some.
+
+What the network takes is a model, with a latency of 50 us a message and 1.25 GB/s (Ethernet between hosts): an all-reduce of ``b``
+bytes as a ring ``2 (n - 1) latency + 2 (n - 1) / n b / bandwidth`` (gloo's way), as a tree ``2 log2 n latency + 2 b / bandwidth``;
+an all-gather as a ring, a broadcast as a tree. All-reduces between two and four processes of this machine are measured beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from measuring import where, write
 from rich.console import Console
 from rich.table import Table
+from simulated import Simulated
 from torch import distributed, multiprocessing
 from transformer import Decoder, Size
 
 from foreshock import Watch
-from foreshock.collector import Collector
+from foreshock.gradients import WHOLE
 from foreshock.merging import Merging
+from foreshock.monitors.spectra import in_turn
 from foreshock.shards import Local
 
 RANKS = (8, 64, 512, 4096, 16384)
 LAYERS, EXPERTS, HEADS = (32, 64, 128), (0, 8, 64, 512), 32
+TEXTS = (  # ranks, how many texts, and whether each is of the whole model, with weights sharded
+    *((n, 1, False) for n in RANKS),
+    (16384, 8, False),
+    (8, 8, True),
+    (64, 64, True),
+)
+EVERY, STEPS = 10, 51  # steps: up to the first at which both windows of the spectra are full
 REPEATS = 5
+_PRINT = re.compile(r'"print": "\w+"')
 
 
-def measured(experts: int) -> Local:
-    """What one layer leaves in one step, and the watch's own way to finish it."""
-    size = Size(width=8 * HEADS, layers=1, heads=HEADS, hidden=16, experts=experts, chosen=min(2, experts or 2))
+@dataclass(frozen=True)
+class Layer:
+    """What one layer has to tell at the last step, and the watch and the model of it, which finish and describe it."""
+
+    local: Local
+    watch: Watch
+    model: torch.nn.Module
+
+
+def trained(experts: int, heads: int = HEADS) -> Layer:
+    """One layer, watched as a job of one rank is that is one of several."""
+    size = Size(width=8 * heads, layers=1, heads=heads, hidden=16, experts=experts, chosen=min(2, experts or 2))
+    told: list[Local] = []
+    launch = Merging.launch
+
+    def spied(merging: Merging, local: Local) -> None:
+        told.append(local)
+        launch(merging, local)
+
     torch._dynamo.reset()
-    with Watch(every=1, inner="aot_eager", detectors=[]) as watch:
-        model = Decoder(size, 32)
-        torch.compile(model, backend=watch.backend)(torch.randint(256, (2, 32))).backward()
-        return watch.collector._local(0)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("foreshock.ranks.is_shared", return_value=True),
+        mock.patch.object(Merging, "launch", spied),
+    ):
+        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        with Watch(every=EVERY, inner="eager", detectors=[], strict=True) as watch:
+            model = Decoder(size, 32)
+            optimizer = torch.optim.AdamW(model.parameters())
+            run = torch.compile(model, backend=watch.backend)
+            for _ in range(STEPS):
+                loss = run(torch.randint(256, (2, 32)))
+                loss.backward()
+                watch.log(loss=loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        distributed.destroy_process_group()
+    return Layer(max(told, key=lambda local: len(local.loose)), watch, model)
 
 
-def of_many(one: Local, layers: int) -> Local:
-    """The same of as many layers."""
-    sums = {
-        replace(instance, site=replace(instance.site, id=f"{instance.site.id}.{layer}")): of
-        for instance, of in one.sums.items()
-        for layer in range(layers)
-    }
-    return Local(0, sums, {})
+def of_many(one: Local, layers: int, first: int = 0) -> Local:
+    """The same of as many layers, from ``first`` on. Sites take turns to have their spectra read, within the steps of a sample."""
+    sums, loose = {}, {key: values for key, values in one.loose.items() if key[1] is None}
+    names = {(None, layer): None for layer in range(layers)}
+    for instance, of in one.sums.items():
+        for layer in range(first, first + layers):
+            site = replace(instance.site, id=f"{instance.site.id}.{layer}")
+            sums[replace(instance, site=site)] = of
+            names[instance.site.id, layer] = site.id
+    for (metric, site_, _), values in one.loose.items():
+        if site_ is not None:
+            for layer in range(first, first + layers):
+                loose[metric, names[site_, layer], layer % EVERY if in_turn(metric) else 0] = values
+    for key, values in one.loose.items():
+        if key[0] == WHOLE:
+            loose[key] = np.tile(values, layers)
+    return Local(0, sums, loose)
 
 
-def flush(local: Local) -> tuple[int, float, int]:
-    """Bytes, host seconds and collectives of a flush whose layout is agreed, in a job of one rank."""
+def merging_of(layer: Layer, local: Local) -> Merging:
+    """Of a rank that has ``local`` to tell."""
 
     def fail(what: str, error: Exception) -> None:
         raise error
 
     probes = {instance.site.kind: instance.probes for instance in local.sums}
-    finish = Collector.finished.__get__(_Quiet())
-    merging = Merging(lambda kind: probes[kind], finish, fail=fail)
-    merging.launch(local)
-    merging.receive()
-    taken = []
-    before = merging.flushes
-    for _ in range(REPEATS):
-        start = time.perf_counter()
+    parameters = next(len(values) for key, values in local.loose.items() if key[0] == WHOLE)
+    prints = [f"{at:016x}" for at in range(parameters)]
+    return Merging(lambda kind: probes[kind], layer.watch.collector.finished, fail=fail, prints=lambda: prints)
+
+
+def flush(layer: Layer, local: Local, ranks: int) -> tuple[list[tuple[str, int]], float]:
+    """Collectives of a flush whose layout is agreed, with their bytes, and the host's seconds."""
+    with Simulated(ranks).running() as job:
+        merging = merging_of(layer, local)
         merging.launch(local)
         merging.receive()
-        taken.append(time.perf_counter() - start)
-    return 8 * sum(merging._layout.sizes), min(taken), 2 * (merging.flushes - before) // REPEATS
+        job.calls.clear()
+
+        def once() -> None:
+            merging.launch(local)
+            merging.receive()
+
+        taken = least(once)
+    return job.calls[: len(job.calls) // REPEATS], taken
 
 
-class _Quiet:
-    """As much of a collector as finishing takes."""
+def agreement(
+    layer: Layer, layers: int, ranks: int, texts: int, sharded: bool = False
+) -> tuple[list[tuple[str, int]], float]:
+    """The same of agreeing on a layout among ``ranks``. Of ``texts`` each is of a stage of the model, or, where weights are
+    ``sharded`` (FSDP2), of all of it, with the prints of the parts of the weights that the rank has."""
+    share = layers if sharded else max(1, layers // texts)
+    stages = [of_many(layer.local, share, 0 if sharded else stage * share) for stage in range(texts)]
+    merging, *others = (merging_of(layer, local) for local in stages)
+    for one, local in zip((merging, *others), stages, strict=True):
+        with Simulated(ranks).running():
+            one.launch(local)
+    described = [one._description() for one in others]
+    if sharded:
+        described = [_PRINT.sub(f'"print": "{at:016x}"', text) for at, text in enumerate(described)]
+    with Simulated(ranks, described, sharded=sharded).running() as job:
+        taken = least(merging._agree, 1 if ranks > 1000 else REPEATS)
+    return job.calls[: 1 + 2 * texts], taken
 
-    def _guarded(self, what: str, work: Any, *args: Any) -> Any:
-        return work(*args)
+
+def least(work: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Seconds of the processor."""
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Seconds a message and bytes a second."""
+
+    latency: float = 50e-6
+    bandwidth: float = 1.25e9
+
+    def ring(self, size: int, ranks: int) -> float:
+        """Seconds of an all-reduce."""
+        return 2 * (ranks - 1) * self.latency + 2 * (ranks - 1) / ranks * size / self.bandwidth
+
+    def tree(self, size: int, ranks: int) -> float:
+        """Seconds of an all-reduce."""
+        return 2 * math.log2(ranks) * self.latency + 2 * size / self.bandwidth
+
+    def gather(self, size: int, ranks: int) -> float:
+        return (ranks - 1) * (self.latency + size / self.bandwidth)
+
+    def broadcast(self, size: int, ranks: int) -> float:
+        return math.log2(ranks) * (self.latency + size / self.bandwidth)
+
+
+def flushes(console: Console, layers_of: dict[int, Layer], network: Network) -> list[dict[str, Any]]:
+    """The table of flushes. Every rank has every site, as under data parallelism: of a pipeline's ranks each packs a part."""
+    title = "a flush: network as a ring / a tree, both all-reduces, a model"
+    table = Table(
+        "layers", "experts", "KiB", "collectives", "host ms", *(f"{n:,} ranks, ms" for n in RANKS), title=title
+    )
+    told = []
+    for experts, layer in layers_of.items():
+        for layers in LAYERS:
+            calls, host = flush(layer, of_many(layer.local, layers), RANKS[-1])
+            size = sum(nbytes for _, nbytes in calls)
+            took = {
+                n: [1e3 * sum(of(nbytes, n) for _, nbytes in calls) for of in (network.ring, network.tree)]
+                for n in RANKS
+            }
+            cells = (f"{ring:.0f} / {tree:.1f}" for ring, tree in took.values())
+            table.add_row(str(layers), str(experts), f"{size / 1024:.0f}", str(len(calls)), f"{1e3 * host:.1f}", *cells)
+            told.append({"layers": layers, "experts": experts, "calls": calls, "host": host, "network": took})
+    console.print(table)
+    return told
+
+
+def agreements(console: Console, layer: Layer, network: Network) -> list[dict[str, Any]]:
+    """The table of layouts being agreed: at the first samples, and after a recompilation."""
+    title = "a layout agreed; several texts: of pipeline stages, or of sharded weights; network a model"
+    table = Table("layers", "ranks", "texts", "KiB of text", "collectives", "host s", "network s", title=title)
+    told = []
+    for layers in (LAYERS[0], LAYERS[-1]):
+        for ranks, texts, sharded in TEXTS:
+            calls, host = agreement(layer, layers, ranks, texts, sharded)
+            size = sum(nbytes for name, nbytes in calls if name == "broadcast")
+            took = sum(getattr(network, name.removeprefix("all_"))(nbytes, ranks) for name, nbytes in calls)
+            row = str(layers), f"{ranks:,}", f"{texts}{', sharded' * sharded}", f"{size / 1024:.0f}", str(len(calls))
+            table.add_row(*row, f"{host:.3f}", f"{took:.3f}")
+            told.append(
+                {"layers": layers, "ranks": ranks, "texts": texts, "host": host, "network": took, "calls": calls}
+            )
+    console.print(table)
+    return told
 
 
 def reductions(numbers: int, ranks: int) -> float:
@@ -108,48 +256,21 @@ def _reduce(rank: int, ranks: int, folder: str, numbers: int, queue: Any) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latency", type=float, default=50e-6)
-    parser.add_argument("--bandwidth", type=float, default=1.25e9)
+    parser.add_argument("--latency", type=float, default=Network.latency)
+    parser.add_argument("--bandwidth", type=float, default=Network.bandwidth)
     parser.add_argument("--json", metavar="FOLDER")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    console, told = Console(width=120), []
+    console, network = Console(width=140), Network(options.latency, options.bandwidth)
     console.print(" ".join(f"{key} {value}" for key, value in where().items()))
-    ones = {experts: measured(experts) for experts in EXPERTS}
-    with tempfile.TemporaryDirectory() as folder:
-        distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-        table = Table("layers", "experts", "KiB a flush", "collectives", "host ms", *(f"{n} ranks, ms" for n in RANKS))
-        for experts, one in ones.items():
-            for layers in LAYERS:
-                size, host, collectives = flush(of_many(one, layers))
-                network = {
-                    n: [1e3 * cost(size, n, options.latency, options.bandwidth) for cost in (ring, tree)] for n in RANKS
-                }
-                times = (f"{ring_:.0f} / {tree_:.0f}" for ring_, tree_ in network.values())
-                table.add_row(
-                    str(layers), str(experts), f"{size / 1024:.0f}", str(collectives), f"{1e3 * host:.1f}", *times
-                )
-                told.append({"layers": layers, "experts": experts, "bytes": size, "host": host, "network": network})
-        distributed.destroy_process_group()
-    console.print(table)
-    console.print(
-        "ranks: a ring / a tree, both all-reduces together; a model, see --help. They run beside the training."
-    )
-    middle = sorted(int(one["bytes"]) for one in told)[len(told) // 2]
+    layers_of = {experts: trained(experts) for experts in EXPERTS}
+    told = flushes(console, layers_of, network)
+    agreed = agreements(console, layers_of[8], network)
+    middle = sorted(sum(nbytes for _, nbytes in one["calls"]) for one in told)[len(told) // 2]
     real = {n: reductions(middle // 16, n) for n in (2, 4)}
     shown = ", ".join(f"{n} processes {1e3 * seconds:.2f} ms" for n, seconds in real.items())
     console.print(f"measured here, one all-reduce of {middle // 2048} KiB: {shown}")
-    write("fleet", {"flushes": told, "measured": real}, options.json)
-
-
-def ring(size: int, ranks: int, latency: float, bandwidth: float) -> float:
-    """Seconds of two all-reduces, of ``size`` bytes together."""
-    return 2 * 2 * (ranks - 1) * latency + 2 * (ranks - 1) / ranks * size / bandwidth
-
-
-def tree(size: int, ranks: int, latency: float, bandwidth: float) -> float:
-    """Seconds of two all-reduces, of ``size`` bytes together."""
-    return 2 * 2 * math.log2(ranks) * latency + 2 * size / bandwidth
+    write("fleet", {"flushes": told, "agreements": agreed, "measured": real}, options.json)
 
 
 if __name__ == "__main__":

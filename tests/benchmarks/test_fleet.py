@@ -1,0 +1,91 @@
+"""The cost model of large jobs counts what is sent: held to sizes counted by hand, and to those of a job that was run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from fleet import Layer, Network, agreement, flush, merging_of, of_many, trained
+from simulated import Simulated
+
+from foreshock.apart import LOSS, trends_of
+from foreshock.gradients import WHOLE
+from foreshock.shards import Local, is_told
+
+RANKS, LAYERS = 8, 3
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    return trained(experts=4, heads=2)
+
+
+def counted(layer: Layer, local: Local) -> tuple[int, int]:
+    """Numbers that are added and numbers that are compared, by the rules of docs/ranks.md."""
+    added, compared = 1, 2  # ranks with news; the step, twice
+    for instance, sums in local.sums.items():
+        maxima = {(probe.name, name) for probe in instance.probes for name in probe.maxima}
+        found = {r.metric: r.values for r in layer.watch.collector.finished(instance, sums)}
+        own = len(trends_of(found))
+        added += 1 + 3 * own + sum(len(of) for name, of in sums.items() if name not in maxima)
+        compared += own + sum(len(of) for name, of in sums.items() if name in maxima)
+        compared += sum(len(of) for name, of in found.items() if is_told(name))
+    for (metric, *_), of in local.loose.items():
+        added += (1 + len(of)) * (metric != WHOLE) + 3 * (metric == LOSS)
+        compared += metric == LOSS
+    return added, compared
+
+
+@pytest.mark.parametrize("layers", [1, LAYERS])
+def test_a_flush_is_two_reductions_of_as_many_numbers_as_are_counted(layer: Layer, layers: int) -> None:
+    local = of_many(layer.local, layers)
+    calls, host = flush(layer, local, RANKS)
+    assert calls == [("all_reduce", 8 * numbers) for numbers in counted(layer, local)]
+    assert host > 0
+
+
+def test_one_layer_is_as_large_as_in_the_job_that_was_run(layer: Layer) -> None:
+    """Everything that is read beside the sites included."""
+    merging = layer.watch.collector.merging
+    assert merging is not None
+    calls, _ = flush(layer, of_many(layer.local, 1), RANKS)
+    assert [nbytes for _, nbytes in calls] == [8 * size for size in merging._layout.sizes]
+    told = {metric for metric, *_ in merging._layout.loose}
+    assert told >= {"run/loss", "optim/grad_square_of_shards", "router/row_norm_max", "attention/delta2_norm@50"}
+
+
+@pytest.mark.parametrize("texts", [1, LAYERS])
+def test_an_agreement_is_a_gather_and_two_broadcasts_a_text(layer: Layer, texts: int) -> None:
+    calls, _ = agreement(layer, LAYERS, RANKS, texts)
+    assert calls[0] == ("all_gather", 104)
+    names, sizes = zip(*calls[1:], strict=True)
+    assert names == ("broadcast",) * 2 * texts
+    assert sizes[::2] == (8,) * texts
+    merging, local = merging_of(layer, of_many(layer.local, LAYERS // texts)), of_many(layer.local, LAYERS // texts)
+    with Simulated(RANKS).running():
+        merging.launch(local)
+        assert sizes[1] == len(merging._description())
+
+
+def test_ranks_that_are_alike_have_the_mean_of_one(layer: Layer) -> None:
+    local = of_many(layer.local, LAYERS)
+    with Simulated(RANKS).running() as job:
+        merging = merging_of(layer, local)
+        merging.launch(local)
+        whole = merging.receive()
+    assert [name for name, _ in job.calls] == ["all_reduce"] * 2 + ["all_gather"] + ["broadcast"] * 2 + [
+        "all_reduce"
+    ] * 2
+    readings = {(r.metric, r.site): r.values for at, of in whole.readings if at == local.step for r in of}
+    for instance, sums in local.sums.items():
+        for one in layer.watch.collector.finished(instance, sums):
+            if one.metric in ("attention/q_rms", "attention/entropy", "router/entropy", "router/load"):
+                np.testing.assert_allclose(readings[one.metric, one.site], one.values, rtol=1e-12)
+    assert readings["run/loss", None] == local.loose["run/loss", None, 0]
+
+
+def test_the_network_is_what_it_is_said_to_be() -> None:
+    network = Network(latency=1.0, bandwidth=10.0)
+    assert network.ring(80, 4) == 2 * 3 + 2 * 3 / 4 * 8
+    assert network.tree(80, 4) == 2 * 2 + 2 * 8
+    assert network.gather(10, 4) == 3 * (1 + 1)
+    assert network.broadcast(10, 4) == 2 * (1 + 1)
