@@ -167,7 +167,7 @@ def test_a_rank_that_dies_is_given_up(tmp_path: Path) -> None:
 def test_an_error_on_one_rank_is_not_held_up_by_the_others(tmp_path: Path) -> None:
     told = Job(tmp_path / "failing", 2, "failing").told("failing")
     assert told["step"] == DYING
-    assert told["held"] < 5
+    assert told["waited"] == []
 
 
 @pytest.mark.slow
