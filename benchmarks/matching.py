@@ -71,8 +71,9 @@ class Layer(nn.Module):
         return x + self.out(y.transpose(1, 2).flatten(2))
 
 
-def _tiled(module: GraphModule, nodes: int) -> GraphModule:
-    """The graph of ``module`` with all but its placeholders repeated, each repetition reading what the one before returned."""
+def _tiled(module: GraphModule, nodes: int, sites: int | None) -> GraphModule:
+    """The graph of ``module`` with all but its placeholders repeated, each repetition reading what the one before returned: until
+    there are so many ``nodes``, or ``sites``, of which each repetition has one; what lacks then are sines."""
     graph = torch.fx.Graph()
     mapping: dict[Any, Any] = {}
     for node in module.graph.nodes:
@@ -81,21 +82,28 @@ def _tiled(module: GraphModule, nodes: int) -> GraphModule:
     (x,) = [node for node in mapping if not isinstance(node.meta["grapharg"].example, nn.Parameter)]
     (output,) = [node for node in module.graph.nodes if node.op == "output"]
     body = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
-    while len(graph.nodes) < nodes:
+    made = 0
+    while made != sites and len(graph.nodes) < nodes:
         for node in body:
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
         mapping[x] = mapping[output.args[0][0]]
+        made += 1
+    while len(graph.nodes) < nodes:
+        filler = graph.call_function(torch.sin, (mapping[x],))
+        filler.meta = dict(mapping[x].meta)
+        mapping[x] = filler
     graph.output((mapping[x],))
     return _torch.graph_module(module, graph)
 
 
-def by_size(sizes: Sequence[int]) -> list[tuple[int, int, float, float]]:
-    """Nodes, sites, processor seconds of matching and of rewriting, for tiled graphs of about so many nodes."""
+def by_size(sizes: Sequence[tuple[int, int | None]]) -> list[tuple[int, int, float, float]]:
+    """Nodes, sites, processor seconds of matching and of rewriting, for graphs of about so many nodes, and so many sites or as many
+    as they have room for."""
     measured: list[tuple[int, int, float, float]] = []
 
     def backend(module: GraphModule, inputs: list[Any]) -> Any:
-        for size in sizes:
-            tiled = _tiled(module, size)
+        for nodes, sites in sizes:
+            tiled = _tiled(module, nodes, sites)
             start = time.process_time()
             copied, _ = copy_graph(tiled)
             expand(copied)
@@ -103,10 +111,10 @@ def by_size(sizes: Sequence[int]) -> list[tuple[int, int, float, float]]:
             matches = find(view).matches
             found = time.process_time()
             facts = [{**match.facts, "layout": match.layout, "rows": 16} for match in matches]
-            sites = [SitePlan(i, str(i), match, (ATTENTION,), facts[i]) for i, match in enumerate(matches)]
+            plans = [SitePlan(i, str(i), match, (ATTENTION,), facts[i]) for i, match in enumerate(matches)]
             fakes = [node.meta["example_value"] for node in copied.graph.nodes if node.op == "placeholder"]
-            instrument(Plan(copied, view, sites, _torch.fake_mode_of(fakes), torch.device("cpu"), 16, True))
-            measured.append((len(tiled.graph.nodes), len(sites), found - start, time.process_time() - found))
+            instrument(Plan(copied, view, plans, _torch.fake_mode_of(fakes), torch.device("cpu"), 16, True))
+            measured.append((len(tiled.graph.nodes), len(plans), found - start, time.process_time() - found))
         return module.forward
 
     torch._dynamo.reset()
@@ -116,7 +124,7 @@ def by_size(sizes: Sequence[int]) -> list[tuple[int, int, float, float]]:
 
 def against_size(largest: int) -> None:
     """Seconds for graphs of 100 to ``largest`` nodes, and the slope on log axes."""
-    measured = by_size([round(10 ** (power / 2)) for power in range(4, 1 + round(2 * np.log10(largest)))])
+    measured = by_size([(round(10 ** (power / 2)), None) for power in range(4, 1 + round(2 * np.log10(largest)))])
     for nodes, sites, matching, rewriting in measured:
         print(f"{nodes:>8} nodes {sites:>6} sites: matching {matching:8.3f} s, rewriting {rewriting:8.3f} s")
     nodes, _, matching, rewriting = (np.array(column, float) for column in zip(*measured[-5:], strict=True))

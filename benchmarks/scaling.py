@@ -1,9 +1,9 @@
-"""How time grows with the size of the graph, the number of series and the length of the run.
+"""How time grows with the size of the graph, the number of sites in it, the number of series and the length of the run.
 
     python benchmarks/scaling.py [--quick] [--json FOLDER]
 
-Processor seconds, each table with its slope on log axes over the larger half of its sizes; a slope above 1.1 is a miss. Graphs are
-those of `benchmarks/matching.py`, of which the number of sites grows with the number of nodes.
+Processor seconds, each table with its slope on log axes over the larger half of its sizes, four at least, half a decade apart; a
+slope above 1.1 is a miss. Graphs are those of `benchmarks/matching.py`: their sites grow with their nodes, or alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ from foreshock.store import RunStore
 
 STEEPEST = 1.1
 OPEN, READ = 1.0, 0.1  # seconds to open a run, and to read one series of it
+FEWEST = 4  # sizes that a slope is taken of
+NODES = 20_000  # of graphs that differ by their sites alone
 FLUSHED = 1000  # records a flush here; a watch flushes each, as they come
+
+
+def halves(least: float, largest: float) -> list[int]:
+    """Sizes half a decade apart."""
+    first, last = (round(2 * np.log10(size)) for size in (least, largest))
+    return [round(10 ** (power / 2)) for power in range(first, last + 1)]
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -40,7 +48,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def slope(sizes: Sequence[float], taken: Sequence[float]) -> float:
     """On log axes, over the larger half."""
-    half = max(2, (len(sizes) + 1) // 2)
+    half = max(FEWEST, (len(sizes) + 1) // 2)
     return float(np.polyfit(np.log(sizes[-half:]), np.log(np.maximum(taken[-half:], 1e-6)), 1)[0])
 
 
@@ -60,14 +68,22 @@ def shown(
 
 def graphs(console: Console, largest: int) -> Any:
     """Finding sites and rewriting, up to ``largest`` nodes."""
-    rows = by_size([round(10 ** (power / 2)) for power in range(4, 1 + round(2 * np.log10(largest)))])
+    rows = by_size([(size, None) for size in halves(100, largest)])
     return shown(console, "graphs", ("nodes", "sites", "matching s", "rewriting s"), rows, (2, 3))
+
+
+def sites(console: Console, largest: int) -> Any:
+    """The same with 1 to ``largest`` sites among as many nodes."""
+    nodes = NODES * largest // 1000
+    rows = [(found, *rest) for _, found, *rest in by_size([(nodes, size) for size in halves(1, largest)])]
+    columns = ("sites", "matching s", "rewriting s")
+    return shown(console, f"sites among {nodes:,} nodes", columns, rows, (1, 2))
 
 
 def series(console: Console, largest: int) -> Any:
     """One record of so many series of one number, written, flushed, and one of them read."""
     rows = []
-    for size in [10**power for power in range(3, 1 + round(np.log10(largest)))]:
+    for size in halves(1000, largest):
         readings = [Reading(f"metric/{i % 100}", f"site{i // 100}", np.array([0.5])) for i in range(size)]
         with tempfile.TemporaryDirectory() as folder:
             store = RunStore(folder)
@@ -86,7 +102,7 @@ def lengths(console: Console, largest: int) -> Any:
     """Runs of so many records of 16 series, 8 numbers each for half of them: written, opened, read, reported."""
     rows = []
     random = np.random.default_rng(0)
-    for size in [10**power for power in range(3, 1 + round(np.log10(largest)))]:
+    for size in halves(1000, largest):
         with tempfile.TemporaryDirectory() as folder:
             store = RunStore(folder)
 
@@ -132,6 +148,7 @@ def main() -> None:
     console.print(" ".join(f"{key} {value}" for key, value in where().items()))
     found = {
         "graphs": graphs(console, 100_000 // tenth),
+        "sites": sites(console, 1000 // tenth),
         "series": series(console, 1_000_000 // tenth),
         "lengths": lengths(console, 1_000_000 // tenth),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch._inductor.utils import clear_caches
 from foreshock import Watch
 
 Make = Callable[[], tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]]  # a model, and its loss
+_TO_HOST = ("numpy", "tolist")  # of a tensor
 _BLOCK = 10  # steps in which everything that foreshock does from time to time comes up once
 
 
@@ -43,6 +45,14 @@ class Compiled:
     breaks: int
     recompiles: int
     kernels: int
+
+
+@dataclass(frozen=True)
+class Brought:
+    """To the host: single numbers, each of which waits for the device, and tensors, each of them a copy from a device."""
+
+    numbers: int
+    copies: int
 
 
 class Trained:
@@ -92,17 +102,27 @@ class Trained:
         gc.collect()
         return self.held_bytes() + peak_bytes(lambda: [self.step() for _ in range(_BLOCK)])
 
-    def syncs(self) -> int:
-        """Numbers read from tensors within one step, but not while foreshock works it off."""
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
-            self.train()
-        return sum(e.count for e in profiled.key_averages() if e.key == "aten::_local_scalar_dense")
+    def brought(self) -> Brought:
+        """What comes to the host in a plain loop of ten steps that nobody drains: a sample is worked off in the forward behind
+        it, and there the host waits for a device. The loop runs before, so that each step meets what those before left."""
+        copies = 0
 
-    @property
-    def copies(self) -> int:
-        """Packed vectors of the last sampled step that are still to be brought to the host."""
-        samples = self.watch.collector._samples if self.watch is not None else []
-        return sum(1 + len(sample.gradients) for sample in samples)
+        def profile(frame: Any, event: str, argument: Any) -> None:
+            nonlocal copies
+            if event == "c_call" and argument.__name__ in _TO_HOST:
+                copies += isinstance(getattr(argument, "__self__", None), torch.Tensor)
+
+        for _ in range(_BLOCK):
+            self.train()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            sys.setprofile(profile)
+            try:
+                for _ in range(_BLOCK):
+                    self.train()
+            finally:
+                sys.setprofile(None)
+        numbers = sum(e.count for e in profiled.key_averages() if e.key == "aten::_local_scalar_dense")
+        return Brought(numbers, copies)
 
     def close(self) -> None:
         if self.watch is not None:
