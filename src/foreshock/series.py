@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,20 +24,20 @@ def nearest(word: str, known: Sequence[str]) -> str:
     return f" (did you mean {', '.join(close)}?)" if close else ""
 
 
-def join(parts: Sequence[tuple[Steps, Values]]) -> tuple[Steps, Values]:
-    """Parts ``([n], [n, m])`` in the order written, as one column: steps rise, and the last value of a step stays."""
+def join(parts: Sequence[tuple[Steps, npt.NDArray[Any]]]) -> tuple[Steps, Values]:
+    """Parts ``([n], [n, m])`` in the order written, as one column of float64: steps rise, and the last value of a step stays."""
     if not parts:
         return np.zeros(0, np.int64), np.zeros((0, 1))
     width = max(values.shape[1] for _, values in parts)
     steps = np.concatenate([steps for steps, _ in parts])
-    values = np.concatenate([_widen(values, width) for _, values in parts])
+    values = np.concatenate([_widen(values, width) for _, values in parts], dtype=np.float64)
     if (np.diff(steps) > 0).all():
         return steps, values
     unique, last = np.unique(steps[::-1], return_index=True)
     return unique, values[::-1][last]
 
 
-def _widen(values: Values, width: int) -> Values:
+def _widen(values: npt.NDArray[Any], width: int) -> npt.NDArray[Any]:
     if values.shape[1] == width:
         return values
     return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=np.nan)

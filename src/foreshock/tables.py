@@ -1,8 +1,8 @@
 """The tables of ``run.sqlite``: what each holds and how a column is read back out of them.
 
 ``tail`` keeps the newest steps, one row a step: all numbers of the step as float32, cut up by ``field``. ``chunk`` keeps
-the rest, one row per series and few hundred steps, byte planes deflated (about 3.5 bytes a number). For a series and a
-step that both hold, ``tail`` is the newer; among chunks the higher id is.
+the rest, one row per series and few hundred steps, byte planes deflated (about 3.5 bytes a number). For a series
+and a step that both hold, ``tail`` is the newer; among chunks the higher id is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from foreshock.records import Array
 from foreshock.series import Queries, Steps, Values, join
 
 Counts = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.float32]
+Part = tuple[Steps, Numbers]
 FILE = "run.sqlite"
 FORMAT = 1
 SCHEMA = f"""
@@ -59,20 +61,21 @@ def pack(values: Array) -> bytes:
     return zlib.compress(planes[3].tobytes(), 1) + zlib.compress(planes[:3].tobytes(), 1)
 
 
-def unpack(blobs: Sequence[bytes]) -> tuple[Values, Counts]:
-    """The numbers of chunks, one after the other, and how many each has. NumPy is asked once: a long run has thousands."""
+def unpack(blobs: Sequence[bytes]) -> tuple[Numbers, Counts]:
+    """The numbers of chunks, one after the other, and how many each has. Chunk by chunk: its planes stay in the cache."""
     tops, rests = [], []
     for blob in blobs:
         stream = zlib.decompressobj()
         tops.append(stream.decompress(blob))
         rests.append(zlib.decompress(stream.unused_data))
     counts = np.array([len(top) for top in tops], np.int64)
-    numbers = np.empty((counts.sum(), 4), np.uint8)
-    for at in range(3):
-        plane = [rest[at * len(top) : (at + 1) * len(top)] for top, rest in zip(tops, rests, strict=True)]
-        numbers[:, at] = np.frombuffer(b"".join(plane), np.uint8)
-    numbers[:, 3] = np.frombuffer(b"".join(tops), np.uint8)
-    return numbers.view("<f4").reshape(-1).astype(np.float64), counts
+    numbers, end = np.empty((counts.sum(), 4), np.uint8), 0
+    for top, rest in zip(tops, rests, strict=True):
+        start, end = end, end + len(top)
+        for at, plane in enumerate(np.frombuffer(rest, np.uint8).reshape(3, len(top))):
+            numbers[start:end, at] = plane
+        numbers[start:end, 3] = np.frombuffer(top, np.uint8)
+    return numbers.view("<f4").reshape(-1), counts
 
 
 def pack_steps(steps: Steps) -> bytes:
@@ -116,7 +119,7 @@ class Tables(Queries):
         [series, *_] = self._rows(
             "SELECT id FROM series WHERE metric = :metric AND site IS :site", metric=metric, site=site
         )
-        parts: list[tuple[Steps, Values]] = []
+        parts: list[Part] = []
         rows = self._rows(COLUMN, series=series[0])
         try:
             for (newer, _), group in groupby(rows, key=lambda row: (row[0], row[0] and len(row[3]))):
@@ -140,7 +143,7 @@ class Tables(Queries):
         return np.unique(np.concatenate([tail, packed]))
 
 
-def chunks(steps: Sequence[bytes], data: Sequence[bytes]) -> list[tuple[Steps, Values]]:
+def chunks(steps: Sequence[bytes], data: Sequence[bytes]) -> list[Part]:
     """Chunks of one series in the order written, those joined that have as many numbers a step."""
     (own, lengths), (numbers, counts) = unpack_steps(steps), unpack(data)
     widths = counts // lengths
@@ -152,8 +155,8 @@ def chunks(steps: Sequence[bytes], data: Sequence[bytes]) -> list[tuple[Steps, V
     return [(steps_N, numbers_N.reshape(len(steps_N), width)) for steps_N, numbers_N, width in parts]
 
 
-def _tail(rows: list[tuple[int, int, int, bytes]]) -> tuple[Steps, Values]:
-    values = np.frombuffer(b"".join(data for *_, data in rows), "<f4").astype(np.float64)
+def _tail(rows: list[tuple[int, int, int, bytes]]) -> Part:
+    values = np.frombuffer(b"".join(data for *_, data in rows), "<f4")
     return np.array([step for _, _, step, _ in rows], np.int64), values.reshape(len(rows), -1)
 
 
