@@ -313,12 +313,10 @@ def paced(out: Path, name: str) -> None:
                 run(next(batch)).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            (shared,), ((own,),) = (
-                watch.state_dict()["shared"],
-                [x for key, x in watch.state_dict().items() if "rank" in key],
-            )
-        state = {"shared": ({**shared, "ranks": 1},), "rank0": (own,)}
-        own["parts"]["pace"] = dict.fromkeys(own["parts"]["pace"], 4)
+            saved = watch.state_dict()
+        (shared,), (own,) = saved["shared"], saved[f"rank{RANK}"]
+        state = {"shared": ({**shared, "ranks": 1, "untold": 0},), "rank0": (own,)}
+        shared["parts"]["pace"] = dict.fromkeys(shared["parts"]["pace"], 4)
     write(out, name, watch)
 
 

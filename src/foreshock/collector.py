@@ -28,7 +28,6 @@ MOST_SAMPLES = 20_000
 PATIENCE = 30.0  # seconds that a question waits for another thread which works off a step
 RECORDED = 15.0  # seconds after which a running job tells its ledger and its cost anew
 UNWRITTEN = 64  # steps with logged numbers alone, before they are written down
-Key = tuple[str, str | None]
 Fail = Callable[[str, Exception], None]
 
 
@@ -87,7 +86,7 @@ class Collector:
         self.merging: Merging | None = None  # where the job has several ranks
         self._loose: dict[tuple[int, str, str | None], Array] = {}  # since the last flush, by step, metric and site
         self._hushed: list[Any] = []  # sinks, while another rank speaks
-        self._resumed = 0  # the step at which training went on
+        self._resumed: int | None = None  # the step from which on a run that goes on is recorded
 
     @property
     def trained(self) -> set[Instance]:
@@ -150,36 +149,28 @@ class Collector:
             self.note(step, readings)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was weighed and not judged yet, and the alarms so far; no sample of the step under way."""
+        """What was weighed and not judged yet, and the alarms so far; no sample, and nothing that waits for other ranks."""
         unjudged = [[*key, reading.values.tolist()] for key, reading in self._unjudged.items()]
-        for at in sorted({at for at, _, _ in self._scalars if at <= self._weighed}) if self.merging is not None else ():
-            self._loose |= {(at, r.metric, r.site): r.values for r in self._logged(at)}
-        loose = [[*key, values.tolist()] for key, values in self._loose.items()]
-        return {
-            "weighed": self._weighed,
-            "unjudged": unjudged,
-            "loose": loose,
-            "alarms": [a.to_json() for a in self.alarms],
-        }
+        return {"weighed": self._weighed, "unjudged": unjudged, "alarms": [a.to_json() for a in self.alarms]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._weighed = state["weighed"]
         self.alarms = [Alarm.from_json(alarm) for alarm in state["alarms"]]
         found = [Reading(metric, site, np.array(values)) for metric, site, values in state["unjudged"]]
         self._unjudged = {(reading.metric, reading.site): reading for reading in found}
-        self._loose = {(at, metric, site): np.array(values) for at, metric, site, values in state.get("loose", ())}
 
-    def rewind(self, step: int) -> None:
-        """Training goes on at ``step``: what is under way is dropped, and what was recorded of that step and later, if any."""
+    def rewind(self, step: int, recorded: int) -> None:
+        """Training goes on at ``step``: what is under way is dropped, and what was recorded of the step ``recorded`` and later, if
+        any: before that one all was recorded when the state was saved."""
         with self._arriving:
             self._samples.clear()
             self._scalars.clear()
         self.gradients.clear()
         self._loose.clear()
-        self._resumed = step
-        if step > 0:
-            self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
-            self._guarded("writing to the store", self.store.rewind, step)
+        self._resumed = recorded if step > 0 else None
+        if self._resumed is not None:
+            self.alarms = [alarm for alarm in self.alarms if alarm.step < recorded]
+            self._guarded("writing to the store", self.store.rewind, recorded)
 
     def catch_up(self, step: int, weigh: Callable[[int], None], *, wait: bool, upto: int | None = None) -> None:
         """``weigh`` the step before ``step`` and `finish` up to it, or to ``upto``. Another thread that is at it is waited for only
@@ -227,17 +218,21 @@ class Collector:
     def local(self, step: int) -> Local:
         """What this rank measured up to ``step`` and has not told yet."""
         samples = self._samples_of(step)
-        for at in sorted({at for at, _, _ in self._scalars if at <= step}):
-            self._loose |= {(at, r.metric, r.site): r.values for r in self._logged(at)}
         sums: Merged = {}
         if samples:
             self.costs.settle()
             sums = self._charged("merging samples", merged, samples) or {}
             beside = self._charged("merging samples", self._beside, step) or []
             self._loose |= {(step, r.metric, r.site): r.values for r in beside}
-        loose: dict[Loose, Array] = {(m, site, step - at): x for (at, m, site), x in self._loose.items() if at <= step}
+        loose = self.loose(step)
         self._loose = {key: values for key, values in self._loose.items() if key[0] > step}
         return Local(step, sums, loose)
+
+    def loose(self, step: int) -> dict[Loose, Array]:
+        """What waits to be told of steps up to ``step``, but for samples."""
+        for at in sorted({at for at, _, _ in self._scalars if at <= step}):
+            self._loose |= {(at, r.metric, r.site): r.values for r in self._logged(at)}
+        return {(m, site, step - at): x for (at, m, site), x in self._loose.items() if at <= step}
 
     def note(self, step: int, readings: Sequence[Reading]) -> None:
         """Store what was read at a step that is not judged; of the weights it is judged with the next that is."""
@@ -255,7 +250,7 @@ class Collector:
         """This rank speaks for itself and writes to ``store``: it has told the others nothing yet, and will not."""
         self._guarded("writing to the store", self.store.close)
         self.merging, self.store, self.sinks, self._hushed = None, store, [*self.sinks, *self._hushed], []
-        if self._resumed:
+        if self._resumed is not None:
             self._guarded("writing to the store", store.rewind, self._resumed)
         self.keep()
 
@@ -270,15 +265,15 @@ class Collector:
         step: int,
         readings: Sequence[Reading],
         sites: Mapping[str, Site],
-        ranks: Mapping[Key, Array] | None = None,
+        placed: Callable[[Alarm], Alarm] = lambda alarm: alarm,
     ) -> None:
-        """Derive, store and judge a step's readings. ``ranks``: where the worst of each was."""
+        """Derive, store and judge a step's readings. ``placed(alarm)`` says of which rank it is."""
         readings = rounded(with_gradient_norm(readings))
         for law in self.derived:
             readings += self._asked(law, step, readings, sites)
         readings = [reading for reading in readings if self._wanted(reading.metric)]
         self._write(step, readings)
-        self._judge(step, readings, sites, ranks or {})
+        self._judge(step, readings, sites, placed)
         self.record(now=False)
 
     def _finish_step(self, step: int) -> None:
@@ -359,11 +354,14 @@ class Collector:
         return self._verdicts[metric]
 
     def _judge(
-        self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site], ranks: Mapping[Key, Array]
+        self,
+        step: int,
+        readings: Sequence[Reading],
+        sites: Mapping[str, Site],
+        placed: Callable[[Alarm], Alarm],
     ) -> None:
         heard, self._unjudged = [*readings, *self._unjudged.values()], {}
-        raised: list[Alarm] = self._charged("judging", self.judge.update, step, heard, sites) or []
-        raised = [alarm if self.merging is None else self.merging.placed(alarm, ranks) for alarm in raised]
+        raised = [placed(alarm) for alarm in self._charged("judging", self.judge.update, step, heard, sites) or []]
         for sink in self.sinks:
             self._charged(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:

@@ -38,7 +38,6 @@ from foreshock.sharding import Sharding
 from foreshock.store import store_of_this_rank
 
 _EVERYTHING = 2**62
-SAME_ON_RANKS = ("bias law", "judge", "collector", "actions", "pace")  # where ranks are merged: all hear the same
 NEVER_TRAINED = "evaluated, never sampled in training: no gradient came back through it yet"
 
 
@@ -192,8 +191,8 @@ class Watch:
             group,
             partial(store_of_this_rank, where, False),
         )
-        built = {"bias law": bias, "spectra": self._spectra, "judge": self.collector.judge}
-        built |= {"collector": self.collector, "actions": self.acting, "pace": self.pace}
+        built = {"bias law": bias, "spectra": self._spectra, "judge": self.collector.judge, "actions": self.acting}
+        built |= {"collector": self.collector, "pace": self.pace, "apart": self.ranks.untold.apart}
         built |= {"sharded weights": self.sharding, "shared router weights": each_step["router"]}
         self._parts = built | resume.stateful([*steps, *own])
         self._around = AroundSteps(self)
@@ -312,7 +311,8 @@ class Watch:
         """
         self._catch_up()
         self.collector.flush()
-        return resume.save(self.clock, self._parts, self.fail, self.ranks.wanted)
+        untold = self.ranks.state_dict()  # monitors of the weights are asked for it, and saved below
+        return resume.save(self.clock, self._parts, self.fail, self.ranks.wanted, untold)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, before the model is compiled or after; best before the first step.
@@ -322,12 +322,12 @@ class Watch:
         """
         if not resume.restore_clock(state, self.clock, self.fail):
             return
-        self._finished = self.ranks.exchanged = self.clock.step
-        self.ranks.drop()
-        self.collector.rewind(self.clock.step)
-        alike = SAME_ON_RANKS if self.ranks.wanted else ()
-        resume.restore(state, self._parts, self._reports.note, self.fail, alike)
+        self._finished = self.clock.step
+        self.ranks.load_state_dict(state, self._reports.note)
+        self.collector.rewind(self.clock.step, self.ranks.untold.since)
+        resume.restore(state, self._parts, self._reports.note, self.fail, self.ranks.wanted)
         self._spectra.stride = self.pace.periods.get(SPECTRA, self._spectra.stride)
+        self.ranks.take_up()
 
     @property
     def closed(self) -> bool:
