@@ -85,6 +85,8 @@ def resume() -> Names:
     watch, model = foreshock.Watch("runs/resumed"), Attention()
     optimizer = fit(torch.compile(model, backend=watch.backend))
     states = {"model_state": model.state_dict(), "optimizer_state": optimizer.state_dict()}
+    for rank in range(2):
+        torch.save(watch.state_dict(), f"watch.{rank}.pt")
     return {"torch": torch, "dcp": checkpoint, "watch": watch, "model": model, "optimizer": optimizer, **states} | {
         "path": "checkpoint.pt",
         "folder": "checkpoint",
