@@ -262,6 +262,7 @@ def without_gloo(out: Path, name: str) -> None:
             run(next(batch)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+            watch.state_dict()  # packs what the step measured, for whoever may merge it
     distributed.new_group = made
     write(out, name, watch, heard=heard.steps)
 
