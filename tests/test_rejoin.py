@@ -89,7 +89,8 @@ def test_ranks_that_are_killed_go_on_from_any_step(tmp_path: Path) -> None:
     plan = {
         "1": {**of, "saves": [1, 8, 9], "killed": 13, "resumed": [[2, "1"], [2, "8 dcp"], [2, "9"], [2, "alarm"]]},
         "2": {**of, "saves": [9], "killed": 14, "resumed": [[2, "9"]]},
-        "10": {**of, "saves": [11, 20], "killed": 23, "resumed": [[2, "11"], [2, "20 dcp"]]},
+        # After step 21 nothing is sampled any more.
+        "10": {**of, "saves": [11, 20, 21], "killed": 23, "resumed": [[2, "11"], [2, "20 dcp"], [2, "21"]]},
     }
     trained(tmp_path, plan)
     for every, planned in plan.items():

@@ -47,6 +47,7 @@ class Ranks:
         self.exchanged = 0
         self._due: list[int] = []  # sampled steps that are over and not told
         self.untold = Untold(collector, probes, fail)
+        self._resumed = False  # whether they told each other what a state held
         self.given_up = False
 
     def are_one(self) -> bool:
@@ -148,7 +149,7 @@ class Ranks:
 
     def _has_met(self) -> bool:
         """Whether the ranks have told each other anything yet."""
-        return self._collector.merging is not None and self._collector.merging.flushes > 0
+        return self._resumed or (self._collector.merging is not None and self._collector.merging.flushes > 0)
 
     def _tell(self, last: int | None) -> None:
         """Hear what was merged since, and begin to merge the steps that are due. After the ``last`` of all, what was read beside
@@ -157,6 +158,7 @@ class Ranks:
         assert merging is not None
         if self.untold.waits:
             self._take_up(merging)
+            self._resumed = True
         self._hear(merging)
         sampled = False
         while self._due:
