@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foreshock.errors import ConfigError
-from foreshock.monitors.increments import UPDATE_RATIO, increment, precision, statistics
+from foreshock.monitors.increments import PEAKS, UPDATE_RATIO, increment, precision, statistics
 from foreshock.monitors.metrics import family
 from foreshock.records import Array, Read, Reading, Share, Site, WeightView, as_it_is
 
@@ -213,7 +213,7 @@ class Spectra:
             Reading(metric if first else f"{metric}@{window}", site, rows[row])
             for names, values in _by_shape(now, base, views, window)
             for metric, rows in values.items()
-            if first or metric != UPDATE_RATIO
+            if first or metric not in (*PEAKS, UPDATE_RATIO)
             for row, name in enumerate(names)
             for site in self._twins[name]
         ]
