@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -177,6 +178,40 @@ def test_every_format_says_the_same(tmp_path: Path, save: Save) -> None:
         assert one.read_bytes == 4 * LAYERS * HIDDEN * (HEADS + KV_HEADS) * HEAD_DIM
 
 
+def wide() -> Any:
+    """The same attentions, beside 16 MB that nothing here needs."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**VALUES | {"vocab_size": 1 << 16}, architectures=["LlamaForCausalLM"])
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not say what a process reads")
+@pytest.mark.parametrize("save", FORMATS)
+def test_little_more_than_the_needed_bytes_is_read_from_the_disk(tmp_path: Path, save: Save) -> None:
+    """What read calls bring, and the pages of mapped files that were touched: by the kernel's own count."""
+    path = save(wide(), tmp_path / "a")
+    files = [file for file in (tmp_path / "a").iterdir() if file.suffix in (".safetensors", ".pt", ".distcp")]
+    assert sum(file.stat().st_size for file in files) > 16e6
+    counts: list[tuple[int, int]] = []
+    for _ in range(2):  # the first imports what reads
+        before = called()
+        scan(path, progress=lambda done, of: counts.append((called(), mapped(tmp_path))) if done == of else None)
+    read, touched = counts[1][0] - before, counts[1][1]
+    assert 4 * LAYERS * HIDDEN * (HEADS + KV_HEADS) * HEAD_DIM <= read + touched < 1e6
+
+
+def called() -> int:
+    """Bytes that this process has had from calls that read."""
+    return int(re.findall(r"^rchar: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[0])
+
+
+def mapped(folder: Path) -> int:
+    """Bytes of the pages in memory of the files that are mapped from below ``folder``."""
+    entries = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    ours = [entry for entry in entries if f" {folder}/" in entry.partition("\n")[0]]
+    return sum(1024 * int(re.findall(r"^Rss: +(\d+) kB", entry, re.MULTILINE)[0]) for entry in ours)
+
+
 def test_files_of_other_tensors_are_not_even_opened(tmp_path: Path) -> None:
     path = sharded(llama(), tmp_path / "a")
     index = json.loads((path / "model.safetensors.index.json").read_text())["weight_map"]
@@ -257,11 +292,32 @@ def test_a_base_model_without_the_prefix(tmp_path: Path) -> None:
 def test_two_models_in_one_checkpoint_are_told_apart_by_the_prefix(tmp_path: Path) -> None:
     state = {"student": llama().state_dict(), "teacher": moved(llama()).state_dict()}
     path = saved(tmp_path, state)
-    with pytest.raises(CheckpointError, match=r"could be any of .*student\..*teacher\..*--prefix"):
+    with pytest.raises(CheckpointError, match=r"of what ends alike \(student\..*teacher\..*nothing is taken.*--prefix"):
         scan(path)
     one, other = (values(scan(path, prefix=prefix)) for prefix in ("student.", "teacher"))
     assert one.keys() == other.keys()
     assert not np.array_equal(*(found[next(iter(one))] for found in (one, other)))
+
+
+def test_a_tower_that_ends_alike_is_not_the_model(tmp_path: Path) -> None:
+    state = {key.replace("q_proj", "query"): value for key, value in llama().state_dict().items()}
+    state |= {f"vision_tower.{key}": value for key, value in llama().state_dict().items()}
+    with pytest.raises(
+        CheckpointError, match=r"q_proj.weight is not in the checkpoint; of what ends alike \(vision_tower"
+    ):
+        scan(saved(tmp_path, state))
+
+
+@pytest.mark.parametrize("below", ["", "model.", "module._orig_mod."])
+def test_keys_that_are_not_the_models_names_are_shown(tmp_path: Path, below: str) -> None:
+    found = scan(saved(tmp_path, {f"{below}{key}": value for key, value in llama().state_dict().items()}))
+    names = [f"model.layers.{layer}.self_attn.{which}_proj.weight" for layer in range(LAYERS) for which in "qk"]
+    expected = {name: f"{below}{name}" for name in names if below}
+    assert found.to_json()["checkpoints"][0]["other_keys"] == expected
+    tables = [table for table in shown(found) if "other names" in table.title]
+    end = "model.layers.*.self_attn.{}_proj.weight".format
+    rows = [[str(tmp_path / "x.pt"), end(which), below + end(which), str(LAYERS)] for which in "qk"]
+    assert [table.rows for table in tables] == [rows] * bool(below)
 
 
 def test_what_is_missing_is_left_out_with_the_reason(tmp_path: Path) -> None:
@@ -324,7 +380,7 @@ def test_weights_that_are_not_finite_are_reported_head_by_head(tmp_path: Path, s
     found = scan([save(llama(), tmp_path / "a"), save(model, tmp_path / "b")])
     assert [len(one.not_finite) for one in found.checkpoints] == [0, 1]
     assert found.checkpoints[1].not_finite == {"model.layers.1.self_attn.q_proj.weight": 3}
-    [table] = shown(found, 3)
+    table = next(shown(found, 3))
     assert table.rows[0][:3] == ["attention:model.layers.1.self_attn", "1", "nan"]
     assert [row[2] for row in table.rows[1:]] != ["nan", "nan"]
     own = found.sites[1].changes[0]["attention/delta2_norm"]
@@ -378,6 +434,21 @@ def test_nothing_that_a_file_holds_is_run(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(CheckpointError, match=r"it asks for builtins.print"):
         scan(folder)
     assert "it ran" not in capsys.readouterr().out
+
+
+def test_files_from_before_zip_are_read_too(tmp_path: Path) -> None:
+    path = saved(tmp_path, llama().state_dict())
+    torch.save(llama().state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert values(scan(tmp_path / "old.pt")).keys() == values(scan(path)).keys()
+
+
+def test_without_safetensors_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pretrained(llama(), tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors: .*not installed; pip install 'foreshock\[safetensors\]'"
+    ):
+        scan(path)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
