@@ -289,6 +289,18 @@ def test_a_base_model_without_the_prefix(tmp_path: Path) -> None:
     assert len(scan(path).sites) == LAYERS
 
 
+def test_a_base_model_whose_name_only_the_model_knows(tmp_path: Path) -> None:
+    """GPT-2 calls its base "transformer"; what the hub has of it was saved without that word."""
+    sizes = {"n_layer": LAYERS, "n_head": HEADS, "n_embd": HIDDEN, "n_positions": 64, "vocab_size": 64}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, architectures=["GPT2LMHeadModel"]))
+    path = pretrained(model, tmp_path / "a")
+    torch.save(model.transformer.state_dict(), path / "base.pt")
+    whole, base = scan(path / "model.safetensors"), scan(path / "base.pt")
+    assert values(whole).keys() == values(base).keys()
+    assert whole.checkpoints[0].other_keys == {}
+    assert base.checkpoints[0].other_keys["transformer.h.0.attn.c_attn.weight"] == "h.0.attn.c_attn.weight"
+
+
 def test_two_models_in_one_checkpoint_are_told_apart_by_the_prefix(tmp_path: Path) -> None:
     state = {"student": llama().state_dict(), "teacher": moved(llama()).state_dict()}
     path = saved(tmp_path, state)

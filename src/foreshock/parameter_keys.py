@@ -55,9 +55,7 @@ class Keys:
     ) -> None:
         self.prefix = f"{prefix.rstrip('.')}." if prefix else ""
         self.words = KNOWN | set(words)
-        self._whole: dict[
-            str, list[tuple[str, str]]
-        ] = {}  # without wrappers, to names with them and the keys as they are
+        self._whole: dict[str, list[tuple[str, str]]] = {}  # names without wrappers, to those with them and the keys
         self._changed: dict[str, str] = {}
         for key in sorted(keys):
             if not key.startswith(self.prefix):
