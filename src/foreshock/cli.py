@@ -91,7 +91,7 @@ def run(
     from foreshock.run import launch, speaks
 
     outcome = launch(
-        script, args or [], module=module, compile_eager=compile_eager, run=run, every=every, strict=strict
+        script, args or [], module=module, compile_eager=compile_eager, run=run, every=every, strict=strict, last=True
     )
     for line in outcome.summary() if speaks(outcome) else ():
         print("foreshock:", line, file=sys.stderr)
