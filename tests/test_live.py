@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from browser import until
+from commands import call
 from rich.console import Console
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -186,6 +188,22 @@ def test_without_a_terminal_it_prints_once(tmp_path: Path) -> None:
     assert f"{NAME}, key/value head 1" in text
     assert "what watching costs: judging 0.25 s (1.0% of the wall clock); wall clock 25.0 s" in text
     store.close()
+
+
+def test_once_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sick(tmp_path)
+    assert call(monkeypatch, "watch", tmp_path, "--once", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["verdict"]["title"] == "Not healthy since about step 40"
+    assert told["verdict"]["answers"]["Where"] == "model.layers.0.self_attn, key/value head 1"
+    assert told["steps"] == {"recorded": 60, "last": 59}
+    assert [alarm["onset"] for alarm in told["alarms"]] == [40, 41, 42, 43, 44]
+    assert [(one["site"], round(one["value"], 6)) for one in told["worst"][:2]] == [("s7", 0.45), ("s6", 0.4)]
+    assert told["now"] == pytest.approx({"run/loss": 3 - 59 / 60, "optim/lr": 1e-3, "optim/grad_norm": 1.0})
+    assert told["cost"]["wall clock"] == "25.0 s"
+    for refused in (["--json"], ["--json", "--web", "--once"]):
+        assert call(monkeypatch, "watch", tmp_path, *refused) == 2
+        assert "--once" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -84,6 +84,14 @@ def test_an_interrupt_ends_the_waiting_for_threads() -> None:
     assert ends[0][:2] == (0, "at exit\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_ctrl_c_ends_other_commands_with_130() -> None:
+    program = "import os, signal, sys\nfrom foreshock import cli, reader\n"
+    program += "reader.open_run = lambda path: os.kill(os.getpid(), signal.SIGINT)\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", program, "alarms", "."], capture_output=True, check=False)
+    assert done.returncode == 130
+
+
 GLOBALS = """
 import sys
 told = {name: value if isinstance(value, str) else type(value) for name, value in globals().items() if name != "sys"}
