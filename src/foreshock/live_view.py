@@ -90,7 +90,7 @@ def view(shown: Snapshot, line: str, console: Console, height: int | None = None
     @functools.cache
     def part(name: str, size: int) -> tuple[RenderableType, int]:
         """Made of so many rows, or lines an answer, and how high it is."""
-        made = {"answers": _head, "alarms": _alarms, "worst": _worst, "curves": _curves}[name](shown, size, width)
+        made = PARTS[name](shown, size, width)
         return made, _height(made, console)
 
     fixed = [Text(line, no_wrap=True, overflow="ellipsis"), Text(_cost(shown.cost), style="dim")]
@@ -224,3 +224,12 @@ def _cost(cost: Mapping[str, Any]) -> str:
     ]
     dearest = [f"{part} {seconds}" for part, seconds in cost.items() if "of the wall clock" in str(seconds)][:2]
     return "what watching costs: " + "; ".join([*dearest, *told])
+
+
+# By name: what is shown, how many rows or lines an answer, and in how many columns of the terminal.
+PARTS: Mapping[str, Callable[[Snapshot, int, int], RenderableType]] = {
+    "answers": _head,
+    "alarms": _alarms,
+    "worst": _worst,
+    "curves": _curves,
+}

@@ -239,8 +239,10 @@ def _meeting(plain: Callable[..., None], eager: Eager) -> Callable[..., None]:
 
 def _environment(undo: ExitStack, values: dict[str, str]) -> None:
     for name, value in values.items():
-        before = os.environ.get(name)
-        undo.callback(os.environ.pop if before is None else os.environ.__setitem__, name, before)
+        if name in os.environ:
+            undo.callback(os.environ.__setitem__, name, os.environ[name])
+        else:
+            undo.callback(os.environ.pop, name, None)
         os.environ[name] = value
 
 
