@@ -129,7 +129,7 @@ if __name__ == "__main__":
     parser.add_argument("--healthy", action="store_true")
     parser.add_argument("--steps", type=int, default=30)
     chosen = parser.parse_args()
-    # One rank, as torchrun would say it, and the settings of the process-wide watch. Inductor would take a minute or two to compile.
+    # One rank, as torchrun would say it, and the settings of the process-wide watch. Inductor would take minutes to compile.
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     settings = {"RUN": str(chosen.folder / "run"), "EVERY": "5", "INNER": "eager", "ON_ALARM": "stop"}
     os.environ |= {f"FORESHOCK_{name}": value for name, value in settings.items()}

@@ -68,7 +68,7 @@ class ForeshockMetricsProcessor(MetricsProcessor):  # type: ignore[misc]  # torc
 
 
 class ForeshockTrainer(Trainer):  # type: ignore[misc]
-    """torchtitan's trainer, which ends when the process-wide watch asks for it (``FORESHOCK_ON_ALARM=stop``), all ranks at one step.
+    """torchtitan's trainer, which ends when the process-wide watch asks for it (``FORESHOCK_ON_ALARM=stop``), on all ranks alike.
 
     It ends as training does, behind a checkpoint of its last step where checkpoints are enabled: of the model alone, unless
     ``checkpoint.last_save_model_only`` is off. One that the interval has made of that very step is left as it is.
