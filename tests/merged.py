@@ -374,7 +374,7 @@ SCENARIOS = {
     "no gloo": without_gloo,
     **dict.fromkeys(("joined", "parted"), turned),
     "broken": broken,
-    "tp": tensor_parallel,
+    **dict.fromkeys(("tp", "tp, plain", "tp, apart"), tensor_parallel),
     **dict.fromkeys(("sites", "stages", "idle", "probe", "late"), apart),
 }
 
