@@ -59,7 +59,9 @@ def main(out: Path, name: str) -> None:
                 began = time.monotonic()
                 if rank == RANK and step == DYING:
                     fate()
-                run(next(batch)).square().mean().backward()
+                loss = run(next(batch)).square().mean()
+                watch.log(loss=loss)
+                loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
                 took.append(time.monotonic() - began)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
+SOAK = Path(__file__).parents[1] / "benchmarks" / "soak.py"
 
 
 def slopes(out: Path, *arguments: str, timeout: float) -> dict[str, float]:
@@ -27,7 +27,7 @@ def test_a_short_training_does_not_leak(tmp_path: Path) -> None:
     found = slopes(tmp_path, "--steps", "600", "--look", "30", "--inner", "eager", timeout=590)
     assert found["objects"] < 0.5
     assert found["resident_bytes"] < 512
-    assert 0 < found["stored_bytes"] < 2048  # the file grows by pages
+    assert found["stored_bytes"] < 2048  # by whole pages, and in jumps
 
 
 @pytest.mark.slow
@@ -37,4 +37,4 @@ def test_a_long_training_does_not_leak(tmp_path: Path) -> None:
     found = slopes(tmp_path, "--steps", "20000", "--look", "400", timeout=7000)
     assert found["objects"] < 0.02  # one in 50 steps
     assert found["resident_bytes"] < 16
-    assert 500 < found["stored_bytes"] < 1024  # of 29 numbers and their series' keys: what docs/cost.md says
+    assert 500 < found["stored_bytes"] < 1024  # docs/cost.md: 631
