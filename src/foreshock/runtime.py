@@ -145,7 +145,9 @@ class WatchedGraph:
                 continue
             with _torch.fake_mode_of(list(args)):
                 rows = torch.empty(2 * self._rewritten.rows, dtype=torch.float32, device=self._device)
-                slot = torch.empty(self._rewritten.slot_size, dtype=torch.float32, device=self._device, requires_grad=True)
+                slot = torch.empty(
+                    self._rewritten.slot_size, dtype=torch.float32, device=self._device, requires_grad=True
+                )
             *outputs, _ = run(*args, rows, slot)
             result = tuple(outputs)
         return result
