@@ -162,6 +162,14 @@ def test_other_schedules_and_ways_of_exchange(alone: Job, tmp_path: Path) -> Non
     check(whole, job, "gather", 2, but=("grad_k_norm", "grad_v_norm", "grad_absmax", "law/euler_gain", "law/key_gain"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpipe", "experts", "swap"])
+def test_four_ranks_tell_what_one_process_tells_of_the_whole_model(alone: Job, tmp_path: Path, name: str) -> None:
+    job = Job(tmp_path / "four", 4, name, f"{name}, plain", script="divided.py")
+    check(alone, job, name, 4)
+    assert all(trains_alike(job.series(name, rank), job.series(f"{name}, plain", rank)) for rank in range(4))
+
+
 # -- the examples of docs/pipeline.md, docs/expert_parallel.md and docs/context_parallel.md --------------------------------
 
 

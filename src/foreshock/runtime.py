@@ -144,8 +144,10 @@ class WatchedGraph:
                 result = run(*args)
                 continue
             with _torch.fake_mode_of(list(args)):
-                rows = torch.empty(2 * self._rewritten.rows, device=self._device)
-                slot = torch.empty(self._rewritten.slot_size, device=self._device, requires_grad=True)
+                rows = torch.empty(2 * self._rewritten.rows, dtype=torch.float32, device=self._device)
+                slot = torch.empty(
+                    self._rewritten.slot_size, dtype=torch.float32, device=self._device, requires_grad=True
+                )
             *outputs, _ = run(*args, rows, slot)
             result = tuple(outputs)
         return result
@@ -155,7 +157,7 @@ class WatchedGraph:
         try:
             run = self.compile(True)
             rows = self._transfer.to_device(self._rows.draw(self._step(), instances, 2 * rewritten.rows, again))
-            slot = torch.zeros(rewritten.slot_size, device=self._device, requires_grad=True)
+            slot = torch.zeros(rewritten.slot_size, dtype=torch.float32, device=self._device, requires_grad=True)
             gradients: list[Read] = []
             take = functools.partial(_take_gradient, self._transfer, gradients, self._fail)
             slot.register_post_accumulate_grad_hook(take)
