@@ -66,6 +66,6 @@ class Budget:
 @lru_cache(maxsize=1024)
 def _student_t(chance: float, degrees: int) -> float:
     """``|t|`` is beyond it with this chance, on either side."""
-    from scipy.special import stdtrit  # a sixth of a second, and benchmarks/gpu.sh runs where there is no scipy
+    from scipy.special import stdtrit  # where a t-test is asked: benchmarks/gpu.sh runs without scipy
 
     return float(-stdtrit(degrees, chance / 2))  # what scipy.stats.t.isf is, without half a second of imports
