@@ -39,6 +39,8 @@ MATRICES = ("delta2", "delta3", "dwq", "dwk")
 PEAKS = ("attention/dwq_peak", "attention/dwk_peak")
 # Relative; a Gram matrix of rank below its size (small updates) still factors, and s^2 moves by as much.
 CHOLESKY_SHIFT = {torch.float32: 2e-6, torch.float64: 1e-14}
+# Of each stage ``[L, groups, inputs, channels]`` in the dtype to measure in, and its gains, float64 ``[L, groups, channels]``.
+Stages = Sequence[tuple[Tensor, Tensor | None]]
 CANCELLED = 300.0  # a float32 sum of squares this far below its terms is asked again; errors stay below 2e-4
 
 
@@ -71,10 +73,9 @@ def precision(dtypes: Iterable[torch.dtype], stages: int) -> torch.dtype:
 
 
 @torch.no_grad()
-def increment(now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tuple[int, ...]]) -> Increment:
-    """From the stages of one side, ``[L, groups, inputs, channels]`` in the dtype to measure in, and their gains, float64
-    ``[L, groups, channels]``."""
-    (left, right), *inner = (_change(*of) for of in zip(now[::2], now[1::2], base[::2], base[1::2], strict=True))
+def increment(now: Stages, base: Stages, maps: Sequence[tuple[int, ...]]) -> Increment:
+    """From the stages of one side."""
+    (left, right), *inner = (_change(*of, *before) for of, before in zip(now, base, strict=True))
     peak = torch.linalg.vector_norm(left, torch.inf, (-2, -1))
     # The blocks of the Gram matrix, each product once: half of it is the other half's transpose.
     if inner:
@@ -103,9 +104,9 @@ def increment(now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tupl
     return Increment(gram, size, norm[..., 0, 0].double(), *totals, terms / _nonzero(moved), peak)
 
 
-def _change(now: Tensor, gain: Tensor, base: Tensor, gain_before: Tensor) -> tuple[Tensor, Tensor]:
+def _change(now: Tensor, gain: Tensor | None, base: Tensor, gain_before: Tensor | None) -> tuple[Tensor, Tensor]:
     """How one stage's matrix times its gain changed, and what it was."""
-    if bool((gain == 1).all()) and bool((gain_before == 1).all()):
+    if gain is None or gain_before is None:
         return now - base, base
     gain, grown, before = (x.to(now.dtype)[:, :, None] for x in (gain, gain - gain_before, gain_before))
     return (now - base) * gain + base * grown, base * before
@@ -131,7 +132,10 @@ def _by_head(x: Tensor, head_map: Sequence[int]) -> Tensor:
     """``x [L, groups, ...]`` for each head; a view where heads have groups of their own, or one together."""
     if x.shape[1] == 1:
         return x.expand(x.shape[0], len(head_map), *x.shape[2:])
-    return x if tuple(head_map) == tuple(range(x.shape[1])) else x[:, list(head_map)]
+    if tuple(head_map) == tuple(range(x.shape[1])):
+        return x
+    heads = x.unbind(1)  # a list of places would be copied to the device, and waited for
+    return torch.stack([heads[head] for head in head_map], 1)
 
 
 @torch.no_grad()

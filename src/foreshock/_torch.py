@@ -259,6 +259,12 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def is_capturing() -> bool:
+    """Whether this thread's CUDA stream is being captured into a graph: `torch.cuda.graph` around a training step, say. Where CUDA
+    was never used this is a look at a flag."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
     """The state of the default generators that a graph on ``device`` may draw from."""
     return (

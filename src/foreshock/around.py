@@ -23,7 +23,7 @@ class AroundSteps:
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         watch = self._watch
-        if watch.closed:
+        if watch.closed or _torch.is_capturing():  # what is captured has not run
             return
         try:
             if not watch.clock.concerns(optimizer, watch.instances.parameter_ids):
@@ -37,7 +37,7 @@ class AroundSteps:
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         watch = self._watch
-        if watch.closed:
+        if watch.closed or _torch.is_capturing():  # what is captured has not run
             return
         try:
             watch.masters.met(optimizer)

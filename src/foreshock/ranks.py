@@ -9,8 +9,9 @@ from torch import distributed
 
 from foreshock.agreement import is_shared
 from foreshock.clock import StepClock
-from foreshock.collector import Collector, Store
+from foreshock.collector import Collector
 from foreshock.cost import SAMPLING
+from foreshock.kept import Store
 from foreshock.merging import Merging
 from foreshock.records import Probe
 

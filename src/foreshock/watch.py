@@ -16,11 +16,12 @@ from foreshock.agreement import is_shared
 from foreshock.around import AroundSteps
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
-from foreshock.collector import Collector, Store
+from foreshock.collector import Collector
 from foreshock.config import Settings, families, load_settings
 from foreshock.cost import SAMPLING, SPECTRA, Costs
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instance, Instances
+from foreshock.kept import Store
 from foreshock.masters import Masters
 from foreshock.monitors import BiasLaw, Judge, RouterWeights, SharedRouterWeights, Spectra, receivers
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
