@@ -16,7 +16,7 @@ from foreshock.cost import ACTIONS, AROUND, LOGGED, SAMPLING, SPECTRA, Costs
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.gradients import Gradients, with_gradient_norm
 from foreshock.instances import Instance, Instances
-from foreshock.memory import MemoryStore
+from foreshock.memory import MemoryStore, RecentStore
 from foreshock.merging import Merging
 from foreshock.monitors.metrics import family
 from foreshock.records import Alarm, Array, Coverage, Reading, Site
@@ -249,7 +249,7 @@ class Collector:
 
     def hush(self) -> None:
         """Another rank writes and speaks for this one."""
-        self.store, self.sinks, self._hushed = MemoryStore(), [], self.sinks
+        self.store, self.sinks, self._hushed = RecentStore(), [], self.sinks
 
     def part(self, store: Store) -> None:
         """This rank speaks for itself and writes to ``store``: it has told the others nothing yet, and will not."""

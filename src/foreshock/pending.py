@@ -33,9 +33,9 @@ class Pending:
                     self._bytes += values.nbytes - known.nbytes if known is not None else values.nbytes + OVERHEAD
                     row[reading.metric, reading.site] = values
 
-    def trim(self) -> None:
-        """Drop the oldest steps beyond `MOST_BYTES`; the newest stays."""
-        while self._bytes > MOST_BYTES and len(self.rows) > 1:
+    def trim(self, most: int | None = None) -> None:
+        """Drop the oldest steps beyond ``most`` bytes, which are `MOST_BYTES` if not given; the newest stays."""
+        while self._bytes > (MOST_BYTES if most is None else most) and len(self.rows) > 1:
             row = self.rows.pop(next(iter(self.rows)))
             self._bytes -= sum(values.nbytes + OVERHEAD for values in row.values())
             self.lost += 1
