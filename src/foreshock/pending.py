@@ -14,6 +14,12 @@ MOST_BYTES = 2**26  # kept while the disk refuses them
 OVERHEAD = 300  # bytes that Python takes for one reading beside its numbers
 
 
+def rounded(readings: Sequence[Reading]) -> list[Reading]:
+    """The readings as the store keeps them, to float32: whoever judges the stored run later sees what the judge saw."""
+    with np.errstate(over="ignore"):
+        return [Reading(r.metric, r.site, r.values.astype(np.float32).astype(np.float64)) for r in readings]
+
+
 class Pending:
     """``rows`` by step, in the order written, as float32; ``lost`` counts the steps that were dropped."""
 
