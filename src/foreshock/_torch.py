@@ -256,7 +256,9 @@ def job_store() -> Any:
 
 def allow(group: Any, seconds: float) -> None:
     """Let what goes through ``group``, on gloo, take so long from now on. Checked on 2.13."""
-    group._get_backend(torch.device("cpu")).set_timeout(timedelta(seconds=seconds))
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def in_backward() -> bool:
