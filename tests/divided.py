@@ -12,24 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merged import (
-    BATCH,
-    EXPERTS,
-    HEADS,
-    LENGTH,
-    RANK,
-    STEPS,
-    WORLD,
-    Attention,
-    D,
-    Experts,
-    Stack,
-    backend,
-    batches,
-    inputs,
-    watching,
-    write,
-)
+from merged import BATCH, LENGTH, RANK, STEPS, WORLD, backend, batches, inputs, watching, write
+from merged_models import EXPERTS, HEADS, Attention, D, Experts, Stack
 from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import (
     all_gather_single_autograd,

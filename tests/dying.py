@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from merged import DYING, RANK, STEPS, Attention, Stack, batches, write
+from merged import RANK, STEPS, batches, write
+from merged_models import DYING, Attention, Stack
 from torch import distributed
 
-import foreshock.ranks
 from foreshock import Watch
 
 TIMEOUT = 8.0  # seconds after which a rank that does not answer is given up
@@ -47,10 +47,10 @@ FATES: dict[str, tuple[int, Callable[[], None]]] = {
 def main(out: Path, name: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    foreshock.ranks.TIMEOUT = TIMEOUT
     torch.manual_seed(0)
     model, (rank, fate) = Stack(Attention()), FATES[name]
-    watch, took, began = Watch(out / "run", every=1, inner="aot_eager", windows=(2,)), [], 0.0
+    watch = Watch(out / "run", every=1, inner="aot_eager", windows=(2,), merge_timeout=TIMEOUT)
+    took, began = [], 0.0
     try:
         with watch:
             run = torch.compile(model, backend=watch.backend)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sqlite3
 import sys
 import time
 from collections.abc import Sequence
@@ -18,67 +19,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from disks import refusing
+from merged_models import DYING, Attention, D, Experts, Flash, Heard, Resizing, Stack, failing_once, refuse
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-import foreshock.ranks
+import foreshock.collector
 from foreshock import Watch
 from foreshock.demo import kernel
+from foreshock.meeting import PATIENCE
+from foreshock.merging import Merging
 from foreshock.monitors import Finding
 from foreshock.records import Probe
 
-D, HEADS, EXPERTS, BATCH, LENGTH, STEPS = 32, 4, 4, 8, 16, 8
+BATCH, LENGTH, STEPS = 8, 16, 8
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
-KERNEL_STEPS, BROKEN, DYING = 12, 6, 3
+KERNEL_STEPS, BROKEN = 12, 6
+LONELY_STEPS = PATIENCE + 4
 ASTRAY_STEPS, ASTRAY, ASTRAY_EVERY = 480, 400, 10
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.out = (nn.Linear(D, D, bias=False) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, D // HEADS)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.out(y.transpose(1, 2).flatten(2))
-
-
-class Flash(Attention):
-    """With the demo's kernel, which can be broken."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2).bfloat16() for f in (self.q, self.k, self.v))
-        y, _ = kernel.attention(q, k, v, True, (D // HEADS) ** -0.5)
-        return x + self.out(y.to(x.dtype).transpose(1, 2).flatten(2))
-
-
-class Experts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up = nn.Linear(D, EXPERTS, bias=False), nn.Parameter(torch.randn(EXPERTS, D, D) / D**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gates, chosen = self.gate(x).softmax(-1).topk(2, -1)
-        y = torch.einsum("bsd,edf->bsef", x, self.up).relu()
-        y = y.gather(2, chosen[..., None].expand(*chosen.shape, D))
-        return x + (y * gates[..., None]).sum(2)
-
-
-class Stack(nn.Module):
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 def inputs(seed: int = 1) -> Any:
@@ -205,8 +168,8 @@ def tensor_parallel(out: Path, name: str) -> None:
 
 def apart(out: Path, name: str) -> None:
     """Ranks that train by themselves: ``sites`` has none on rank 0, ``stages`` other layers under the same name, ``idle`` steps in
-    which rank 1 runs nothing, ``probe`` one that fails on rank 1, ``late`` lets it sleep."""
-    foreshock.ranks.TIMEOUT = 5.0 if name == "late" else 60.0
+    which rank 1 runs nothing (and rank 0 asks for its optimizer's state), ``probe`` one that fails on rank 1,
+    ``late`` lets it sleep, in ``mute`` it cannot say what it has, nor weigh once."""
     torch.manual_seed(RANK if name == "stages" else 0)
     model = Stack(Attention())
 
@@ -216,17 +179,70 @@ def apart(out: Path, name: str) -> None:
         return {"own/size": sums["size"]}
 
     probe = Probe("own", "attention", lambda facts, x, rows: {"size": x["q"].square().sum()}, finish)
-    with Watch(every=1, inner="aot_eager", windows=(2,), probes=[probe] if name == "probe" else ()) as watch:
+    reads: list[int] = []
+    most, description = foreshock.collector.MOST_SAMPLES, Merging._description
+    probes, timeout = [probe] if name == "probe" else (), 5.0 if name == "late" else None
+    monitors = ["default", Resizing()] if name == "mute" else None
+    with Watch(
+        every=1, inner="aot_eager", windows=(2,), probes=probes, merge_timeout=timeout, monitors=monitors
+    ) as watch:
+        if name == "late":
+            foreshock.collector.MOST_SAMPLES = 5
+            read, watch.collector.optimizer = watch.collector.optimizer, lambda *x: (reads.append(x[0]), read(*x))
+        if name == "mute" and RANK == 1:
+            watch.ranks._weigh = failing_once(watch.ranks._weigh)
+            Merging._description = refuse
         run = model if name == "sites" and RANK == 0 else torch.compile(model, backend=watch.backend)
         optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
         for step in range(STEPS):
             if name == "late" and RANK == 1 and step == DYING:
                 time.sleep(12)
             x = next(batch)
+            if name == "late":
+                watch.log(loss=1.0, tokens=step)
             if not (name == "idle" and RANK == 1 and step % 2):
                 run(x).square().mean().backward()
-            if name in ("idle", "probe"):
+            if name in ("idle", "probe", "mute") or (name == "late" and step < DYING):
                 average(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            if name == "idle" and RANK == 0:
+                get_optimizer_state_dict(model, optimizer)
+    foreshock.collector.MOST_SAMPLES, Merging._description = most, description
+    write(out, name, watch, model, reads=reads, forward=watch.clock.forward_step)
+
+
+def lonely(out: Path, name: str) -> None:
+    """Rank 0 alone has a watch, or none has: ``lonely``; ``lonely, plain``. Training makes another group behind it."""
+    torch.manual_seed(0)
+    model, watched = Stack(Attention()), RANK == 0 and not name.endswith("plain")
+    with Watch(out / "lonely", every=1, inner="aot_eager", windows=(2,), merge_timeout=0.5) as watch:
+        backend = watch.backend if watched else "aot_eager"
+        run = torch.compile(DistributedDataParallel(model), backend=backend)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+        if not watched:
+            watch.close()
+        for _ in range(LONELY_STEPS):
+            run(next(batch)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    distributed.barrier(distributed.new_group(backend="gloo"))
+    write(out, name, watch, model)
+
+
+def full(out: Path, name: str) -> None:
+    """The disk of rank 0 is full for some steps; with ``full, plain`` nobody watches."""
+    torch.manual_seed(0)
+    model, watched = Stack(Attention()), not name.endswith("plain")
+    with refusing() as disk, Watch(out / name, every=1, inner="aot_eager", windows=(2,)) as watch:
+        run = torch.compile(DistributedDataParallel(model), backend=watch.backend if watched else "aot_eager")
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
+        if not watched:
+            watch.close()
+        for step in range(STEPS):
+            is_full = RANK == 0 and DYING <= step < STEPS - 1
+            disk.error = sqlite3.OperationalError("database or disk is full") if is_full else None
+            run(next(batch)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
     write(out, name, watch, model)
@@ -244,9 +260,13 @@ def broken(out: Path, name: str) -> None:
     torch.manual_seed(0)
     model = Stack(Flash(), Flash())
     called: list[int] = []
-    with Watch(
-        out / "run", every=1, inner="aot_eager", on_alarm=lambda alarm: called.append(watch.step), strict=True
-    ) as watch:
+    asked: list[int] = []
+    stopped: list[int] = []
+    row = ["stop", lambda alarm: called.append(watch.step)]
+    with Watch(out / "run", every=1, inner="aot_eager", on_alarm=row, strict=True) as watch:
+        assert watch.acting._agreement is not None
+        ask = watch.acting._agreement._ask
+        watch.acting._agreement._ask = lambda step: (asked.append(step), ask(step))
         run = torch.compile(DistributedDataParallel(model), backend=watch.backend)
         optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
         for step in range(KERNEL_STEPS):
@@ -255,22 +275,10 @@ def broken(out: Path, name: str) -> None:
             run(next(batch)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
+            if watch.stop_requested:
+                stopped.append(watch.step)
     kernel.set_fault(kernel.HEALTHY)
-    write(out, name, watch, called=called)
-
-
-class Heard:
-    """A sink that keeps the steps of which it heard."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def readings(self, step: int, readings: Any) -> None:
-        self.steps.append(step)
-
-    def alarm(self, alarm: Any) -> None: ...
-
-    def close(self) -> None: ...
+    write(out, name, watch, called=called, asked=asked, stopped=stopped)
 
 
 def without_gloo(out: Path, name: str) -> None:
@@ -372,10 +380,12 @@ SCENARIOS = {
     **dict.fromkeys(("astray", "astray, all"), astray),
     "paced": paced,
     "no gloo": without_gloo,
+    **dict.fromkeys(("full", "full, plain"), full),
+    **dict.fromkeys(("lonely", "lonely, plain"), lonely),
     **dict.fromkeys(("joined", "parted"), turned),
     "broken": broken,
     **dict.fromkeys(("tp", "tp, plain", "tp, apart"), tensor_parallel),
-    **dict.fromkeys(("sites", "stages", "idle", "probe", "late"), apart),
+    **dict.fromkeys(("sites", "stages", "idle", "probe", "late", "mute"), apart),
 }
 
 

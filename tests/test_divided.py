@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from divided import CHOSEN, MICROBATCHES
 from jobs import Job, check, trains_alike
-from merged import BATCH, HEADS, LENGTH, STEPS
+from merged import BATCH, LENGTH, STEPS
+from merged_models import HEADS
 
-from foreshock.shards import families
+from foreshock.kin import alike, families
 
 ALONE = ("gpipe", "experts", "swap")
 ALONE_TOO = ("experts, padded", "gather", "sequence")
@@ -108,7 +109,8 @@ def test_each_parameter_counts_once_in_the_norm_of_fsdp_and_tensor_parallel_grad
     ],
 )
 def test_which_ranks_have_one_site(told: list[Any], spans: list[str], expected: list[list[int]]) -> None:
-    assert families(told, [span.encode() for span in spans]) == expected
+    groups = [(known, whole, alike(ranks, [span.encode() for span in spans])) for known, whole, ranks in told]
+    assert [sorted(rank for group in of for rank in group.ranks) for of in families(groups)] == expected
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from dying import TIMEOUT
 from jobs import told
-from merged import DYING, STEPS
+from merged import STEPS
+from merged_models import DYING
 from torch.distributed import TCPStore
 
 from foreshock import open_run

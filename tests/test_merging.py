@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from jobs import Job, check, identical, same_as_parts, trains_alike
-from merged import ASTRAY, BROKEN, DYING, KERNEL_STEPS, STEPS
+from merged import ASTRAY, BROKEN, KERNEL_STEPS, LONELY_STEPS, STEPS
+from merged_models import DYING
 
 from foreshock import open_run
 from foreshock.ranks import ALONE
 from foreshock.shards import LARGEST, is_literal, side_by_side, with_rank, without_rank, worst_ranks
 
 EQUAL = ("ddp", "ddp, plain", "ddp, apart", "ddp, sampled", "fsdp", "fsdp, plain", "fsdp, apart", "tp", "tp, apart")
-APART = ("sites", "stages", "idle", "probe", "broken", "late")
-TURNED = ("no gloo", "joined", "parted", "paced")
+APART = ("sites", "stages", "idle", "probe", "mute", "broken", "late")
+TURNED = ("full, plain", "full", "no gloo", "joined", "parted", "paced")
+LAST = ("lonely, plain", "lonely")  # behind the latter ranks count their watches otherwise
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("two"), 2, *EQUAL, *APART, *TURNED)
+    return Job(tmp_path_factory.mktemp("two"), 2, *EQUAL, *APART, *TURNED, *LAST)
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp, sampled", "fsdp", "tp"])
@@ -90,6 +92,35 @@ def test_a_probe_that_fails_on_one_rank_holds_nobody_up(two: Job) -> None:
     assert any("probe `own`" in line for line in two.told("probe", 1)["warnings"])
 
 
+def test_a_rank_that_cannot_say_what_it_has_takes_part_all_the_same(two: Job) -> None:
+    """It cannot weigh once either, and a monitor records another size from a step on."""
+    series, resized = two.series("mute"), "merging own/thing, which is left out: ConfigError: it is of another size"
+    assert series["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(STEPS))
+    assert series["own/thing|None|steps"].tolist() == list(range(DYING))
+    (line,) = two.told("mute")["warnings"]
+    assert line.startswith(resized)
+    told = two.told("mute", 1)
+    assert {line.partition(":")[0] for line in told["warnings"]} == {
+        "weighing what is merged",
+        "describing what the ranks merge; this rank has no part in it for now",
+    }
+    norms = (two.series(name)["optim/grad_norm|None|values"] for name in ("mute", "probe"))
+    assert np.allclose(*norms, rtol=1e-6)
+
+
+def test_a_full_disk_of_the_rank_that_writes_loses_nothing(two: Job) -> None:
+    """Training goes on on both, one warning is given, and what waited is written once there is room."""
+    (warning,) = two.told("full")["warnings"]
+    assert warning.startswith("writing to the store")
+    assert "disk is full" in warning
+    assert two.told("full", 1)["warnings"] == []
+    for rank in (0, 1):
+        assert two.series("full", rank)["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(STEPS))
+        assert trains_alike(two.series("full", rank), two.series("full, plain", rank))
+    with open_run(two.out / "full") as run:
+        assert run.series("attention/q_rms")[0].tolist() == list(range(STEPS))
+
+
 def test_an_alarm_names_the_rank_and_comes_to_all_at_one_step(two: Job) -> None:
     first, second = two.told("broken", 0), two.told("broken", 1)
     assert first["alarms"] == second["alarms"]
@@ -99,6 +130,8 @@ def test_an_alarm_names_the_rank_and_comes_to_all_at_one_step(two: Job) -> None:
     assert alarm["site"] == "attention:layers.1"
     assert BROKEN <= alarm["step"] < KERNEL_STEPS
     assert "Worst on rank 1 (" in alarm["message"]
+    assert first["stopped"] == second["stopped"] != []
+    assert set(first["asked"]) <= set(first["called"])  # nobody asks the store for an alarm that all hear
     with open_run(two.out / "run") as run:  # rank 0 wrote for both
         assert [a.to_json() for a in run.alarms] == first["alarms"]
         assert run.steps.tolist() == list(range(KERNEL_STEPS))
@@ -117,6 +150,18 @@ def test_without_a_group_each_rank_watches_for_itself(two: Job) -> None:
     first, second = (two.series("no gloo", rank)["attention/q_rms|attention:layers.0|values"] for rank in (0, 1))
     assert len(first) == len(second) == STEPS
     assert not np.allclose(first, second)
+
+
+def test_a_watch_on_one_rank_alone_says_what_to_do_and_training_goes_on(two: Job) -> None:
+    told = two.told("lonely")
+    (warning,) = told["warnings"]
+    assert warning.startswith(
+        f"{ALONE}: ForeshockError: after 0.5 s not all 2 ranks had come to their watch; make it on "
+    )
+    assert two.told("lonely", 1)["warnings"] == []
+    assert two.series("lonely")["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(LONELY_STEPS))
+    for rank in (0, 1):
+        assert trains_alike(two.series("lonely", rank), two.series("lonely, plain", rank))
 
 
 @pytest.mark.parametrize(
@@ -157,6 +202,10 @@ def test_a_rank_that_is_late_is_given_up_and_training_goes_on(two: Job) -> None:
         (warning,) = told["warnings"]
         assert warning.startswith("merging what the ranks measured; this rank watches no more")
         assert told["step"] == STEPS
+        assert told["reads"] == sorted(told["reads"])[: DYING + 2], "the optimizer is read no more"
+        assert told["forward"] == STEPS - 1
+        ((evaluations, sampled, _),) = told["sites"].values()
+        assert (evaluations, sampled) == (STEPS, len(told["reads"]) + 1), "the plain graph runs from the next step on"
     assert list(two.series("late")["attention/q_rms|attention:layers.0|steps"])[:1] == [0]
 
 

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from foreshock.cost import ACTIONS, AROUND, LOGGED, SAMPLING, SPECTRA, Costs
-from foreshock.ended import MOST_UNDER_WAY, Ended, logged, rounded
+from foreshock.ended import MOST_UNDER_WAY, Ended, logged
 from foreshock.errors import ConfigError
 from foreshock.gradients import Gradients, with_gradient_norm
 from foreshock.instances import Instance, Instances
 from foreshock.kept import Store, Wanted
-from foreshock.memory import MemoryStore
+from foreshock.memory import MemoryStore, RecentStore
 from foreshock.merging import Merging
+from foreshock.pending import rounded
 from foreshock.records import Alarm, Array, Coverage, Reading, Site
 from foreshock.runtime import Merged, Sample, merged
 from foreshock.shards import Local, Loose
@@ -76,7 +77,7 @@ class Collector:
         self.merging: Merging | None = None  # where the job has several ranks
         self._loose: dict[tuple[int, str, str | None], Array] = {}  # since the last flush, by step, metric and site
         self._hushed: list[Any] = []  # sinks, while another rank speaks
-        self._resumed = 0  # the step at which training went on
+        self._resumed, self.aside = 0, False  # the step at which training went on; whether nothing more is taken
 
     @property
     def trained(self) -> set[Instance]:
@@ -94,6 +95,8 @@ class Collector:
         self._arrive(self._scalars, (step, name, value.detach() if isinstance(value, torch.Tensor) else value))
 
     def _arrive(self, waiting: list[Any], what: Any) -> None:
+        if self.aside:
+            return
         with self._arriving:
             full = len(waiting) >= MOST_SAMPLES
             if full:
@@ -121,7 +124,7 @@ class Collector:
 
         What they say is stored at its own step, and judged with the next sampled one.
         """
-        if step <= self._weighed or not self.each_step:
+        if step <= self._weighed or not self.each_step or self.aside:
             return
         self._weighed = step
         with self.costs.of(SPECTRA):
@@ -160,16 +163,20 @@ class Collector:
 
     def rewind(self, step: int) -> None:
         """Training goes on at ``step``: what is under way is dropped, and what was recorded of that step and later, if any."""
+        self.drop()
+        self._resumed = step
+        if step > 0:
+            self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
+            self._guarded("writing to the store", self.store.rewind, step)
+
+    def drop(self) -> None:
+        """Let go of what is under way."""
         with self._arriving:
             self._samples.clear()
             self._scalars.clear()
         self._ended.clear()
         self.gradients.clear()
         self._loose.clear()
-        self._resumed = step
-        if step > 0:
-            self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
-            self._guarded("writing to the store", self.store.rewind, step)
 
     def catch_up(self, step: int, weigh: Callable[[int], None], *, wait: bool, upto: int | None = None) -> None:
         """``weigh`` the step before ``step`` and `finish` up to it, or to ``upto``. Another thread that is at it is waited for only
@@ -252,7 +259,7 @@ class Collector:
 
     def hush(self) -> None:
         """Another rank writes and speaks for this one."""
-        self.store, self.sinks, self._hushed = MemoryStore(), [], self.sinks
+        self.store, self.sinks, self._hushed = RecentStore(), [], self.sinks
 
     def part(self, store: Store) -> None:
         """This rank speaks for itself and writes to ``store``: it has told the others nothing yet, and will not."""

@@ -54,9 +54,3 @@ def logged(
 def _is_far(value: Any) -> bool:
     one = type(value) is Tensor and value.device.type != "cpu" and value.numel() == 1
     return one and not value.is_complex()
-
-
-def rounded(readings: Sequence[Reading]) -> list[Reading]:
-    """The readings as the store keeps them, to float32: whoever judges the stored run later sees what the judge saw."""
-    with np.errstate(over="ignore"):
-        return [Reading(r.metric, r.site, r.values.astype(np.float32).astype(np.float64)) for r in readings]

@@ -111,7 +111,9 @@ class Gradients:
 
 def copies(told: Sequence[tuple[Sequence[str], Sequence[int]]], rank: int) -> Array:
     """Of each parameter of ``rank`` how many ranks have it, where ``told`` is what ranks have for `Gradients.prints`."""
-    holders = Counter(one for prints, ranks in told for one in set(prints) for _ in ranks)
+    holders: Counter[str] = Counter()
+    for prints, ranks in told:
+        holders.update(dict.fromkeys(prints, len(ranks)))
     return np.array([holders[one] for prints, ranks in told if rank in ranks for one in prints], float)
 
 
