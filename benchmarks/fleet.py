@@ -42,7 +42,7 @@ def measured(experts: int) -> Local:
     with Watch(every=1, inner="aot_eager", detectors=[]) as watch:
         model = Decoder(size, 32)
         torch.compile(model, backend=watch.backend)(torch.randint(256, (2, 32))).backward()
-        return watch.collector._local(0)
+        return watch.collector.local(0)
 
 
 def of_many(one: Local, layers: int) -> Local:

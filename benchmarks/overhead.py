@@ -166,7 +166,7 @@ def rest(console: Console, name: str, found: dict[str, Trained], folder: Path) -
         table.add_row(way, f"{peak:.3f}", f"{ring:.3f}", str(syncs), str(copies), str(numbers), f"{size:.1f}")
         told[way] = row
     console.print(table)
-    console.print("targets: peak <= 1.02 beside the snapshots, syncs 0\n")
+    console.print("targets: peak <= 1.02 beside the snapshots, syncs 0 but for what solvers report of themselves\n")
     return told
 
 

@@ -60,6 +60,7 @@ class Trained:
             backend = lambda module, inputs: inductor(module, inputs)  # noqa: E731
         run = torch.compile(self.model, backend=backend) if way.compiled else self.model
         self._loss = lambda: loss(run)
+        self.copies = 0  # packed vectors that the step left which `syncs` looked at
 
     def step(self) -> None:
         """Forward, backward, AdamW, and all that is done about the step when it is over."""
@@ -93,13 +94,15 @@ class Trained:
         return self.held_bytes() + peak_bytes(lambda: [self.step() for _ in range(_BLOCK)])
 
     def syncs(self) -> int:
-        """Numbers read from tensors within one step, but not while foreshock works it off."""
+        """Numbers read from tensors within a step and the next one, at the head of which foreshock works the first one off. Solvers
+        that look whether they failed count too: two a turn of the spectra, and one a router, of the host's own copy."""
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+            self.train()
+            self.copies = self._under_way()
             self.train()
         return sum(e.count for e in profiled.key_averages() if e.key == "aten::_local_scalar_dense")
 
-    @property
-    def copies(self) -> int:
+    def _under_way(self) -> int:
         """Packed vectors of the last sampled step that are still to be brought to the host."""
         samples = self.watch.collector._samples if self.watch is not None else []
         return sum(1 + len(sample.gradients) for sample in samples)

@@ -89,13 +89,13 @@ class Member(Merging):
 class Untold:
     """What this rank has measured and not told: saved, loaded, and merged with what the others had.
 
-    ``since``: the step from which on not all is recorded. ``waits``: whether something was loaded that is not merged yet, the same
-    on all ranks. ``apart``: which ranks stood apart so far.
+    ``packed``: what it has to tell, by step. ``since``: the step from which on not all is recorded. ``waits``: whether something was
+    loaded that is not merged yet, the same on all ranks. ``apart``: which ranks stood apart so far.
     """
 
     def __init__(self, collector: Collector, probes: Probes, fail: Fail) -> None:
         self._collector, self._probes, self._fail = collector, probes, fail
-        self._packed: dict[int, Local] = {}
+        self.packed: dict[int, Local] = {}
         self._members: dict[int, Member] = {}
         self._before = 0  # ranks of the job that saved what was loaded
         self._note: Callable[[str], None] = lambda told: None
@@ -106,10 +106,14 @@ class Untold:
     def waits(self) -> bool:
         return self._before > 0
 
-    def local(self, step: int) -> Local:
-        """What this rank has to tell of ``step``: once packed for a checkpoint, with what came since."""
-        now, packed = self._collector.local(step), self._packed.pop(step, None)
-        return now if packed is None else Local(step, {**packed.sums, **now.sums}, {**packed.loose, **now.loose})
+    def pack(self, step: int, now: Local) -> None:
+        """Keep what this rank has to tell of ``step``, with what was packed of it for a checkpoint before."""
+        known = self.packed.get(step, Local(step, {}, {}))
+        self.packed[step] = Local(step, {**known.sums, **now.sums}, {**known.loose, **now.loose})
+
+    def next(self) -> Local:
+        """What is to be told first, which then is no more kept here."""
+        return self.packed.pop(next(iter(self.packed)))
 
     # -- saved ---------------------------------------------------------------------------------------------------------------
 
@@ -125,7 +129,7 @@ class Untold:
         if merging is not None:
             entry |= {"since": self.since, "ranks": ranks}
             for over in due:
-                self._packed[over] = self.local(over)
+                self.pack(over, self._collector.local(over))
             try:
                 entry |= self._entry(merging, step)
             except Exception as error:
@@ -134,7 +138,7 @@ class Untold:
 
     def _entry(self, merging: Merging, step: int) -> dict[str, Any]:
         flight, rest = merging._flight, self._collector.loose(step - 1)
-        locals_ = [(one, True) for one in (*([flight[0]] if flight else []), *self._packed.values())]
+        locals_ = [(one, True) for one in (*([flight[0]] if flight else []), *self.packed.values())]
         locals_ += [(Local(step - 1, {}, rest), False)] if rest else []
         knows = copy(merging)  # which tells of itself as if it had told this, and has learned nothing
         knows._quantities = {instance: dict(of) for instance, of in merging._quantities.items()}
@@ -177,17 +181,9 @@ class Untold:
 
     def drop(self) -> None:
         """Let go of all of it: training goes on elsewhere."""
-        self._packed.clear()
+        self.packed.clear()
         self._members.clear()
         self._before = 0
-
-    def part(self, merging: Merging, step: int) -> None:
-        """This rank will meet no other: what it has not told stands for itself."""
-        if self._packed:
-            entry, (rank, self._before) = self._entry(merging, step), this_rank()
-            entry["locals"] = [one for one in entry["locals"] if one["judged"]]  # the rest is with the collector
-            self._packed.clear()
-            self._members = {rank: Member(rank, self._before, entry, self._collector, self._probes, self._fail)}
 
     # -- merged --------------------------------------------------------------------------------------------------------------
 
