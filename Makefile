@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 TITAN  := .venv-torchtitan
 READY  := $(VENV)/.ready
 
-.PHONY: demo test smoke test-all test-torchtitan lint docs site bench wheel dist clean
+.PHONY: demo test smoke test-all test-torchtitan lint docs screenshots site bench wheel dist clean
 
 demo: $(READY)
 	$(BIN)/foreshock demo
@@ -41,6 +41,11 @@ lint: $(READY)
 # docs/metrics.md and the table in README.md, from the registry of metrics.
 docs: $(READY)
 	$(BIN)/python docs/generate.py
+
+# The pictures of docs/report.md, from the run that `make demo` leaves, or RUN=folder; it takes chromium.
+RUN ?= runs/demo/attention
+screenshots: $(READY)
+	$(BIN)/python docs/screenshots.py $(RUN)
 
 # docs/ as a web site in build/site, which opens from the disk; a link that leads nowhere is an error. Without --quiet, under
 # which mkdocs counts no warnings and --strict lets everything pass.

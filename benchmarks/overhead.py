@@ -171,7 +171,7 @@ def rest(console: Console, name: str, found: dict[str, Trained], folder: Path) -
         table.add_row(way, f"{peak:.3f}", *cells)
         told[way] = row
     console.print(table)
-    console.print("targets: peak <= 1.02 beside the snapshots; reads 0\n")
+    console.print("targets: peak <= 1.02 beside the snapshots; reads 0 but for what solvers report of themselves\n")
     return told
 
 

@@ -66,9 +66,8 @@ def summary(found: Found) -> dict[str, float]:
 
 def ours(now: tuple[Tensor, Tensor], base: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """All statistics of all heads."""
-    gains = [torch.ones(x.shape[0], x.shape[2], dtype=torch.float64)[None] for x in now]
     own = tuple(range(now[0].shape[0]))
-    sides = [increment([a[None], g], [b[None], g], [own]) for a, b, g in zip(now, base, gains, strict=True)]
+    sides = [increment([(a[None], None)], [(b[None], None)], [own]) for a, b in zip(now, base, strict=True)]
     return statistics(*sides, own, own, 10)[0]
 
 

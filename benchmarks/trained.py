@@ -70,6 +70,7 @@ class Trained:
             backend = lambda module, inputs: inductor(module, inputs)  # noqa: E731
         run = torch.compile(self.model, backend=backend) if way.compiled else self.model
         self._loss = lambda: loss(run)
+        self.copies = 0  # packed vectors that the step left which `syncs` looked at
 
     def step(self) -> None:
         """Forward, backward, AdamW, and all that is done about the step when it is over."""

@@ -14,20 +14,10 @@ import torch
 import transformers
 
 import foreshock
-from foreshock.demo import data, kernel
-from foreshock.demo.rounding import Rounding
+from foreshock.demo.lent import set_broken, transformers_kernel, windows
 from foreshock.integrations.huggingface import ForeshockCallback
 
 LENGTH = 64
-
-
-def own_kernel(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    """A kernel of one's own, as transformers calls it: causal, in bf16."""
-    q, k, v = (x.bfloat16() for x in (query, key, value))
-    out, _ = kernel.attention(q, k, v, True, query.shape[-1] ** -0.5)
-    return out.transpose(1, 2).to(query.dtype), None
 
 
 class Breaks(transformers.TrainerCallback):
@@ -35,19 +25,17 @@ class Breaks(transformers.TrainerCallback):
 
     def __init__(self, step: int | None) -> None:
         self.step = step
-        kernel.set_fault(kernel.HEALTHY)
+        set_broken(False)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            kernel.set_fault(kernel.Fault(out=Rounding(bits=1)))
+            set_broken(True)
 
 
 def make(folder: Path, steps: int, breaks: int | None = None, **more: Any) -> transformers.Trainer:
     """A Trainer up to step ``steps``, with ``more`` arguments."""
-    transformers.AttentionInterface.register("own_kernel", own_kernel)
+    transformers.AttentionInterface.register("own_kernel", transformers_kernel)
     torch.manual_seed(0)
-    text = data.standard_library(cap=200_000).tokens
-    windows = text[: len(text) // LENGTH * LENGTH].view(-1, LENGTH).long()
     config = transformers.LlamaConfig(
         vocab_size=256,
         hidden_size=32,
@@ -74,7 +62,7 @@ def make(folder: Path, steps: int, breaks: int | None = None, **more: Any) -> tr
     return transformers.Trainer(
         model=transformers.LlamaForCausalLM(config),
         args=transformers.TrainingArguments(**arguments | more),
-        train_dataset=[{"input_ids": window, "labels": window} for window in windows],
+        train_dataset=[{"input_ids": window, "labels": window} for window in windows(LENGTH)],
         callbacks=[Breaks(breaks)],
     )
 

@@ -19,9 +19,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 import foreshock
-from foreshock.demo import data, kernel
+from foreshock.demo.lent import set_broken, windows
 from foreshock.demo.model import Config, Transformer
-from foreshock.demo.rounding import Rounding
 from foreshock.integrations.lightning import ForeshockCallback
 
 LENGTH = 64
@@ -34,11 +33,11 @@ class Language(pl.LightningModule):
         super().__init__()
         self.model = Transformer(Config(layers=2, hidden=32, experts=0, width=64, length=LENGTH))
         self.breaks = breaks
-        kernel.set_fault(kernel.HEALTHY)
+        set_broken(False)
 
     def training_step(self, tokens: torch.Tensor, index: int) -> torch.Tensor:
         if self.global_step == self.breaks:
-            kernel.set_fault(kernel.Fault(out=Rounding(bits=1)))
+            set_broken(True)
         return self.model(tokens)[0]
 
     def validation_step(self, tokens: torch.Tensor, index: int) -> None:
@@ -58,8 +57,7 @@ def train(
 ) -> tuple[pl.Trainer, foreshock.Watch]:
     """Train up to step ``steps``; ``options`` are the Trainer's."""
     pl.seed_everything(0, verbose=False)
-    text = data.standard_library(cap=200_000).tokens
-    windows = text[: len(text) // (LENGTH + 1) * (LENGTH + 1)].view(-1, LENGTH + 1).long()
+    text = windows(LENGTH + 1)
     # Inductor, the default, would take a minute or two to compile.
     with foreshock.Watch(folder / "run", every=5, inner="eager", on_alarm="stop") as watch:
         trainer = pl.Trainer(
@@ -74,7 +72,7 @@ def train(
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            loaders = DataLoader(windows, batch_size=8, shuffle=True), DataLoader(windows[:8], batch_size=8)
+            loaders = DataLoader(text, batch_size=8, shuffle=True), DataLoader(text[:8], batch_size=8)
             trainer.fit(Language(breaks), *loaders, ckpt_path=resume)
     return trainer, watch
 

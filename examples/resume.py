@@ -19,6 +19,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import foreshock
+from foreshock.planner import LoadPlanner
 
 
 class Model(nn.Module):
@@ -57,8 +58,7 @@ def load_dcp(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, w
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder / "checkpoint")
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     # By itself and with partial loading: a rank that was not there when the checkpoint was saved has no state in it.
-    lenient = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load({"watch": watch}, checkpoint_id=folder / "checkpoint", planner=lenient)
+    dcp.load({"watch": watch}, checkpoint_id=folder / "checkpoint", planner=LoadPlanner())
 
 
 def train(folder: Path, steps: int, use_dcp: bool = False, resume: bool = False) -> foreshock.Watch:

@@ -49,7 +49,7 @@ def _one(x: Tensor) -> dict[str, Tensor]:
     square = size.square()
     below = [(size < limit).sum() for reach in RANGES for limit in (reach.normal, reach.subnormal)]
     return {
-        "activation_count": torch.ones((), device=x.device) * x.numel(),
+        "activation_count": torch.ones((), dtype=torch.float32, device=x.device) * x.numel(),
         "activation_square": square.sum(),
         "activation_fourth": square.square().sum(),
         "activation_absmax": size.amax(),

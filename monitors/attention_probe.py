@@ -119,7 +119,7 @@ def _backward_first(facts: Facts, tensors: Tensors, gradients: Tensors) -> Mappi
             found[f"{role}_noise"] += smallest * x.square().sum(2)
     for role in ("k", "v"):
         if lost := underflow(gradients[role]):
-            found[f"{role}_underflow"] = torch.full((), lost, device=q.device)
+            found[f"{role}_underflow"] = torch.full((), lost, dtype=torch.float32, device=q.device)
     if "out" in t:
         do, do_o = g["out"], g["out"] * t["out"]
         delta = do_o.sum(3)

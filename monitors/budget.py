@@ -31,8 +31,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
-from scipy.special import stdtrit
-
 from foreshock.errors import ConfigError
 
 STEPS_PER_FALSE_ALARM = 100_000
@@ -68,4 +66,6 @@ class Budget:
 @lru_cache(maxsize=1024)
 def _student_t(chance: float, degrees: int) -> float:
     """``|t|`` is beyond it with this chance, on either side."""
+    from scipy.special import stdtrit  # where a t-test is asked: benchmarks/gpu.sh runs without scipy
+
     return float(-stdtrit(degrees, chance / 2))  # what scipy.stats.t.isf is, without half a second of imports

@@ -36,8 +36,11 @@ from foreshock.records import Array
 
 UPDATE_RATIO = "optim/update_ratio"
 MATRICES = ("delta2", "delta3", "dwq", "dwk")
+PEAKS = ("attention/dwq_peak", "attention/dwk_peak")
 # Relative; a Gram matrix of rank below its size (small updates) still factors, and s^2 moves by as much.
 CHOLESKY_SHIFT = {torch.float32: 2e-6, torch.float64: 1e-14}
+# Of each stage ``[L, groups, inputs, channels]`` in the dtype to measure in, and its gains, float64 ``[L, groups, channels]``.
+Stages = Sequence[tuple[Tensor, Tensor | None]]
 CANCELLED = 300.0  # a float32 sum of squares this far below its terms is asked again; errors stay below 2e-4
 
 
@@ -45,7 +48,8 @@ CANCELLED = 300.0  # a float32 sum of squares this far below its terms is asked 
 class Increment:
     """One side of a shape: the Gram matrix of ``[dW / |dW|, W / |W|]``, ``[L, groups, 2h, 2h]``, 0 where it is not finite;
     ``size = |dW| / |W|`` a head, ``[L, groups]``, NaN there; ``norm = |W|``, float64 ``[L, groups]``, 1 for 0; the squared norms
-    of ``dW`` and ``W`` over all heads, ``[L]``; and how far that of a head's ``dW`` is below its terms', ``[L, groups]``."""
+    of ``dW`` and ``W`` over all heads, ``[L]``; how far that of a head's ``dW`` is below its terms', ``[L, groups]``; and the
+    largest entry of ``dW``, of a chain's last matrix, over its norm, ``[L, groups]``, NaN where it is not finite."""
 
     gram: Tensor
     size: Tensor
@@ -53,6 +57,7 @@ class Increment:
     moved: Tensor
     whole: Tensor
     cancelled: Tensor
+    peak: Tensor
 
 
 def precision(dtypes: Iterable[torch.dtype], stages: int) -> torch.dtype:
@@ -68,12 +73,13 @@ def precision(dtypes: Iterable[torch.dtype], stages: int) -> torch.dtype:
 
 
 @torch.no_grad()
-def increment(now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tuple[int, ...]]) -> Increment:
-    """From the stages of one side, ``[L, groups, inputs, channels]`` in the dtype to measure in, and their gains, float64
-    ``[L, groups, channels]``."""
-    (left, right), *inner = (_change(*of) for of in zip(now[::2], now[1::2], base[::2], base[1::2], strict=True))
+def increment(now: Stages, base: Stages, maps: Sequence[tuple[int, ...]]) -> Increment:
+    """From the stages of one side."""
+    (left, right), *inner = (_change(*of, *before) for of, before in zip(now, base, strict=True))
+    peak = torch.linalg.vector_norm(left, torch.inf, (-2, -1))
     # The blocks of the Gram matrix, each product once: half of it is the other half's transpose.
     if inner:
+        peak = peak / _nonzero(torch.linalg.vector_norm(left, dim=(-2, -1)))
         metric, r = _gram(_met(torch.cat(_change_of_product(inner, maps[1:]), -1), maps[0])), right.shape[-2]
         after = left + right
         by_inner, by_outer, met = metric[..., :r] @ after, metric[..., r:] @ left, metric[..., r:] @ right
@@ -83,20 +89,24 @@ def increment(now: Sequence[Tensor], base: Sequence[Tensor], maps: Sequence[tupl
     else:
         change, across, whole = _gram(left), left.mT @ right, _gram(right)
         terms = _trace(change)
+        peak = peak / _nonzero(terms.clamp_min(0)).sqrt()
     moved, held = _trace(change).clamp_min(0), _trace(whole).clamp_min(0)
     shift, norm = _nonzero(moved).sqrt()[..., None, None], _nonzero(held).sqrt()[..., None, None]
     size = moved.sqrt() / norm[..., 0, 0]
     change, across, whole = change / shift / shift, across / shift / norm, whole / norm / norm
     gram = torch.cat([torch.cat([change, across], -1), torch.cat([across.mT, whole], -1)], -2)
     broken = ~(moved + held).isfinite()  # no entry off the diagonal is larger
-    gram, size = gram.masked_fill_(broken[..., None, None], 0), size.masked_fill(broken, torch.nan)
+    gram, size, peak = (
+        gram.masked_fill_(broken[..., None, None], 0),
+        *(x.masked_fill(broken, torch.nan) for x in (size, peak)),
+    )
     totals = moved.double().sum(-1), held.double().sum(-1)
-    return Increment(gram, size, norm[..., 0, 0].double(), *totals, terms / _nonzero(moved))
+    return Increment(gram, size, norm[..., 0, 0].double(), *totals, terms / _nonzero(moved), peak)
 
 
-def _change(now: Tensor, gain: Tensor, base: Tensor, gain_before: Tensor) -> tuple[Tensor, Tensor]:
+def _change(now: Tensor, gain: Tensor | None, base: Tensor, gain_before: Tensor | None) -> tuple[Tensor, Tensor]:
     """How one stage's matrix times its gain changed, and what it was."""
-    if bool((gain == 1).all()) and bool((gain_before == 1).all()):
+    if gain is None or gain_before is None:
         return now - base, base
     gain, grown, before = (x.to(now.dtype)[:, :, None] for x in (gain, gain - gain_before, gain_before))
     return (now - base) * gain + base * grown, base * before
@@ -122,14 +132,18 @@ def _by_head(x: Tensor, head_map: Sequence[int]) -> Tensor:
     """``x [L, groups, ...]`` for each head; a view where heads have groups of their own, or one together."""
     if x.shape[1] == 1:
         return x.expand(x.shape[0], len(head_map), *x.shape[2:])
-    return x if tuple(head_map) == tuple(range(x.shape[1])) else x[:, list(head_map)]
+    if tuple(head_map) == tuple(range(x.shape[1])):
+        return x
+    heads = x.unbind(1)  # a list of places would be copied to the device, and waited for
+    return torch.stack([heads[head] for head in head_map], 1)
 
 
 @torch.no_grad()
 def statistics(
     q: Increment, k: Increment, q_map: Sequence[int], k_map: Sequence[int], age: int
 ) -> tuple[dict[str, Array], Array]:
-    """Norm, stable rank, entropy and effective rank of Delta2, Delta3, dWq and dWk, each float64 ``[L, H]``.
+    """Norm, stable rank, entropy and effective rank of Delta2, Delta3, dWq and dWk, and the peaks of the latter two, each float64
+    ``[L, H]``.
 
     ``q_map`` and ``k_map`` give each head's group. ``optim/update_ratio`` (``[L, 1]``) is the relative change of both weights a
     step. And of which heads all this is as exact as the dtype is, bool ``[L, H]``: of the others, so much cancels, or rounding
@@ -163,8 +177,9 @@ def statistics(
     for side, heads in ((q, q_map), (k, k_map)):
         sure = sure & (_by_head(side.cancelled, heads) <= CANCELLED)
     ratio = ((q.moved + k.moved) / (q.whole + k.whole)).sqrt()[:, None].expand(size.shape) / max(age, 1)
-    rows = torch.cat([told.flatten(0, 1), torch.stack([ratio, sure.double()])]).cpu().numpy()  # one copy to the host
-    names = [f"attention/{matrix}_{statistic}" for statistic in STATISTICS for matrix in MATRICES]
+    rest = torch.stack([_by_head(q.peak, q_map), _by_head(k.peak, k_map), ratio, sure])
+    rows = torch.cat([told.flatten(0, 1), rest.double()]).cpu().numpy()  # one copy to the host
+    names = [*(f"attention/{matrix}_{statistic}" for statistic in STATISTICS for matrix in MATRICES), *PEAKS]
     return dict(zip(names, rows[:-2], strict=True)) | {UPDATE_RATIO: rows[-2, :, :1]}, rows[-1] > 0
 
 

@@ -1,7 +1,7 @@
 """How large a law's residual may be in a correct kernel, and the rounding-bias estimate.
 
 A law's residual is set by the unit roundoff ``u`` of the dtype in which the kernel stores P, O and dK: 2^-8 for bfloat16,
-2^-11 for float16, 2^-24 for float32.
+2^-11 for float16, 2^-24 for float32. What is float64 is measured in float32, and held to that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from foreshock.errors import ConfigError
 from foreshock.records import Array, Reading, Site
 
-UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
+UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-24}
 
 # In units of u, per law and dtype: how often the residual may exceed one rounding; see `floor`.
 MARGIN: dict[str, dict[str, float]] = {

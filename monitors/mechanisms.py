@@ -176,7 +176,7 @@ TABLE: tuple[Row, ...] = (
         "Compare the chosen indices with those of torch.topk on the same scores: some are out of range or come twice.",
         when="confirmed", reach="run"),
     Row("corrupted weight", JUMPS, DRIFTS, "site", "critical", "[M]",
-        "a single head's or expert's weights jumped while all others went on as before",
+        "a single entry of a head's weights, or an expert's, jumped while all others went on as before",
         "Compare the weight and its optimizer state with the last checkpoint before the onset; load it again, test the memory.",
         _lr_not_risen),
     Row("weights that no longer move", STOPS, DRIFTS, "site", "warning", "[M]",

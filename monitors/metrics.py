@@ -74,6 +74,10 @@ class Metric:
     cost: str = "cheap"
 
 
+def _rows(family: str, cost: str, *rows: tuple[str, str, str, str, str, str, str]) -> tuple[Metric, ...]:
+    return tuple(Metric(f"{family}/{row[0]}", *row[1:], cost) for row in rows)
+
+
 def _spectral() -> tuple[Metric, ...]:
     matrices = {
         "delta2": ("dWq Wk^T + Wq dWk^T", "the first-order change of the QK circuit; the earliest weight signal"),
@@ -87,24 +91,25 @@ def _spectral() -> tuple[Metric, ...]:
         "entropy": ("-sum p log p, p = s^2 / sum s^2, of {}", "nats", "A fall says few directions carry {}."),
         "effective_rank": ("exp of the spectral entropy of {}", "", "A fall against the run's own past narrows {}."),
     }
-    return tuple(
-        Metric(
-            f"attention/{matrix}_{name}",
-            formula.format(product),
-            unit,
-            "heads",
-            "none",
-            "[P]",
-            meaning.format(sense),
-            "weights",
-        )
+    spectra = [
+        (f"{matrix}_{name}", formula.format(product), unit, "heads", "none", "[P]", meaning.format(sense))
         for matrix, (product, sense) in matrices.items()
         for name, (formula, unit, meaning) in statistics.items()
-    )
-
-
-def _rows(family: str, cost: str, *rows: tuple[str, str, str, str, str, str, str]) -> tuple[Metric, ...]:
-    return tuple(Metric(f"{family}/{row[0]}", *row[1:], cost) for row in rows)
+    ]
+    told = "Near 1 a single entry changed: where its head jumped, a flipped bit, which no batch does."
+    peaks = [
+        (
+            f"{matrix}_peak",
+            f"max |x| / |x|, x = {matrices[matrix][0]}",
+            "",
+            "heads",
+            "none",
+            "measured, docs/log.md",
+            told,
+        )
+        for matrix in ("dwq", "dwk")
+    ]
+    return _rows("attention", "weights", *spectra, *peaks)
 
 
 # fmt: off

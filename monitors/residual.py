@@ -30,7 +30,7 @@ def forward(facts: Facts, tensors: Tensors, rows: Tensor) -> Mapping[str, Tensor
         "residual_absmax": size_TD.amax(0),
         "residual_sum": size_TD.sum(0),
         "residual_square": size_TD.square().sum(),
-        "residual_tokens": torch.ones((), device=size_TD.device) * size_TD.shape[0],
+        "residual_tokens": torch.ones((), dtype=torch.float32, device=size_TD.device) * size_TD.shape[0],
     }
 
 

@@ -147,7 +147,7 @@ def _margins(scores_TE: Tensor, taken_TE: Tensor) -> dict[str, Tensor]:
     position = (margin_T.clamp(min=1e-30).log10() - SMALLEST) * BINS_A_DECADE
     bin_T = position.nan_to_num().floor().clamp(-1, BINS - 1).long() + 1
     known_T = torch.isfinite(margin_T).float()  # a mask may leave no expert to lose against
-    counts = torch.zeros(BINS + 1, device=scores_TE.device).scatter_add(0, bin_T, known_T)
+    counts = torch.zeros(BINS + 1, dtype=known_T.dtype, device=scores_TE.device).scatter_add(0, bin_T, known_T)
     margin = torch.where(known_T > 0, margin_T, 0.0).sum()
     return {"margin": margin, "margin_tokens": known_T.sum(), "margin_bins": counts}
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foreshock.errors import ConfigError
-from foreshock.monitors.increments import UPDATE_RATIO, increment, precision, statistics
+from foreshock.monitors.increments import PEAKS, UPDATE_RATIO, Stages, increment, precision, statistics
 from foreshock.monitors.metrics import family
 from foreshock.records import Array, Read, Reading, Share, Site, WeightView, as_it_is
 
@@ -213,7 +213,7 @@ class Spectra:
             Reading(metric if first else f"{metric}@{window}", site, rows[row])
             for names, values in _by_shape(now, base, views, window)
             for metric, rows in values.items()
-            if first or metric != UPDATE_RATIO
+            if first or metric not in (*PEAKS, UPDATE_RATIO)
             for row, name in enumerate(names)
             for site in self._twins[name]
         ]
@@ -324,17 +324,19 @@ def _by_shape(
         inner = tuple(tuple(stage.head_map for stage in view.stages[1:]) for view in (q, k))
         maps = (q.read_by(heads), k.read_by(heads))
         matrices = [x for side in (now[name].q, now[name].k) for x in side[::2]]
+        # Told by the views: to look at numbers on a device is to wait for them.
+        gained = tuple(tuple(bool(s.gains) or s.unit or s.factor != 1.0 for s in view.stages) for view in (q, k))
         kind = precision([x.dtype for x in matrices], 1 + max(map(len, inner)))
-        groups.setdefault((_shapes(now[name]), maps, inner, kind, matrices[0].device), []).append(name)
+        groups.setdefault((_shapes(now[name]), maps, inner, gained, kind, matrices[0].device), []).append(name)
     measured = []
-    for (shapes, maps, inner, kind, _), names in groups.items():
+    for (shapes, maps, inner, gained, kind, _), names in groups.items():
         at_once = max(1, MOST_NUMBERS // (2 * sum(shape.numel() for shape in shapes)))
         for start in range(0, len(names), at_once):
             part = names[start : start + at_once]
-            values, sure = _together(part, now, base, kind, inner, maps, age)
+            values, sure = _together(part, now, base, kind, inner, gained, maps, age)
             again = np.flatnonzero(~sure.all(1)) if kind != torch.float64 else ()
             if len(again):
-                exact, _ = _together([part[row] for row in again], now, base, torch.float64, inner, maps, age)
+                exact, _ = _together([part[row] for row in again], now, base, torch.float64, inner, gained, maps, age)
                 for metric, rows in values.items():
                     rows[again] = exact[metric]
             measured.append((part, values))
@@ -347,19 +349,27 @@ def _together(
     base: Mapping[str, Factors],
     kind: torch.dtype,
     inner: Sequence[Sequence[tuple[int, ...]]],
+    gained: Sequence[Sequence[bool]],
     maps: Sequence[tuple[int, ...]],
     age: int,
 ) -> tuple[dict[str, Array], Array]:
     """Sites of one shape in one precision, as `statistics` says."""
     q_now, q_base, k_now, k_base = (
-        _stacked([getattr(taken[name], role) for name in names], kind) for role in ("q", "k") for taken in (now, base)
+        _stacked([getattr(taken[name], role) for name in names], kind, own)
+        for role, own in zip(("q", "k"), gained, strict=True)
+        for taken in (now, base)
     )
     q_side, k_side = increment(q_now, q_base, inner[0]), increment(k_now, k_base, inner[1])
     return statistics(q_side, k_side, maps[0], maps[1], age)
 
 
-def _stacked(sides: Sequence[Side], kind: torch.dtype) -> list[Tensor]:
+def _stacked(sides: Sequence[Side], kind: torch.dtype, gained: Sequence[bool]) -> Stages:
     """The sides of several sites as one, matrices in ``kind`` and gains in float64; those of a single site where they lie."""
+    together = _as_one(sides, kind)
+    return [(together[2 * at], together[2 * at + 1] if gains else None) for at, gains in enumerate(gained)]
+
+
+def _as_one(sides: Sequence[Side], kind: torch.dtype) -> list[Tensor]:
     kinds = (kind, torch.float64)
     if len(sides) == 1:
         return [x[None].to(kinds[place % 2]) for place, x in enumerate(sides[0])]

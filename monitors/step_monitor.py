@@ -1,7 +1,7 @@
 """The second tier's families of the optimizer step: gradients, Adam's state, updates and the updates of experts.
 
 Read in the hooks around a sampled step, where gradients still stand and the weights of before are still known; kept on the
-device as one vector a step, and brought to the host when the step is worked off. Weights are those of the sites: query and key
+device as one vector a step, and on its way to the host from then on. Weights are those of the sites: query and key
 projections (of a low-rank chain the one nearest the kernel), router weights, and the experts' weights behind a router. What the
 optimizer does not hold itself (masters of a sharded or mixed-precision optimizer) is not found.
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from foreshock.monitors.step_statistics import ADAM, Rows, adam, change, norm
 from foreshock.records import Reading, Site, WeightView
+from foreshock.transfer import Later, Packet, Transfers
 
 FAMILIES = frozenset({"gradients", "adam", "updates", "experts"})
 _EXPERTS = re.compile(r"expert_weight_\d+")
@@ -48,7 +49,8 @@ class StepMonitor:
         self.families = FAMILIES & set(families)
         self._known: dict[tuple[int, torch.device], Rows] = {}
         self._before: dict[tuple[str, str, int], Tensor] = {}
-        self._found: dict[int, list[tuple[list[tuple[str, str, int]], Tensor]]] = defaultdict(list)
+        self._found: dict[int, list[tuple[list[tuple[str, str, int]], Packet]]] = defaultdict(list)
+        self._transfers = Transfers()
 
     @torch.no_grad()
     def before(self, optimizer: Any, sites: Sequence[Site]) -> None:
@@ -61,7 +63,7 @@ class StepMonitor:
 
     @torch.no_grad()
     def after(self, step: int, optimizer: Any, sites: Sequence[Site]) -> None:
-        """Measures, and leaves the numbers on the device."""
+        """Measures, and begins to bring the numbers to the host."""
         parts = list(self._parts(optimizer, sites))
         values = [*self._gradients(parts), *self._adam(optimizer, parts), *self._updates(parts), *self._experts(parts)]
         self._before = {}
@@ -70,19 +72,29 @@ class StepMonitor:
             by_device[entry[2].device].append(entry)
         for entries in by_device.values():
             layout = [(metric, site, x.numel()) for metric, site, x in entries]
-            self._found[step].append((layout, torch.cat([x.float() for *_, x in entries])))
+            packet = self._transfers.start(torch.cat([x.float() for *_, x in entries]))
+            self._found[step].append((layout, packet))
 
     def update(self, step: int, sites: Sequence[Site]) -> list[Reading]:
         """What was measured at ``step``; older steps that nobody asked for are dropped."""
-        readings = []
-        for layout, packed in self._found.pop(step, []):
-            host, at = packed.to("cpu", torch.float64).numpy(), 0
-            for metric, site, size in layout:
-                readings.append(Reading(metric, site, host[at : at + size]))
-                at += size
+        return self.update_later(step, sites)()
+
+    def update_later(self, step: int, sites: Sequence[Site]) -> Later[list[Reading]]:
+        """The same, later."""
+        found = self._found.pop(step, [])
         for stale in [known for known in self._found if known < step]:
             del self._found[stale]
-        return readings
+
+        def make() -> list[Reading]:
+            readings = []
+            for layout, packet in found:
+                host, at = packet(), 0
+                for metric, site, size in layout:
+                    readings.append(Reading(metric, site, host[at : at + size]))
+                    at += size
+            return readings
+
+        return Later([packet for _, packet in found], make)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept between steps."""

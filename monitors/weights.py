@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from foreshock.records import Array, Read, Reading, Share, Site, as_it_is
+from foreshock.transfer import Later, Packet, Transfers
+
+AT_ONCE = 2**22  # numbers of a vector that goes to the host: routers travel together, up to 16 MiB in float32
 
 
 class RouterWeights:
@@ -25,14 +28,16 @@ class RouterWeights:
 
     def __init__(self, read: Read = as_it_is, share: Share = lambda parameter: None) -> None:
         self.read, self.share = read, share
+        self._transfers = Transfers()
 
     def update(self, step: int, sites: Sequence[Site]) -> list[Reading]:
         """One reading of length 1 per metric and router; a router whose weight is gone is skipped."""
-        readings = []
-        for site, weight in _routers(sites):
-            if self.share(weight) is None:
-                readings += _readings(site.id, _rows(site, self.read))
-        return readings
+        return self.update_later(step, sites)()
+
+    def update_later(self, step: int, sites: Sequence[Site]) -> Later[list[Reading]]:
+        """The same of the weights as they are now; the numbers are on their way."""
+        routers = {site.id: _rows(site, self.read) for site, weight in _routers(sites) if self.share(weight) is None}
+        return _sent(routers, self._transfers)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept between steps."""
@@ -51,6 +56,7 @@ class SharedRouterWeights:
         self._taking: int | None = None
         self._numbers: dict[str, int] = {}
         self._caught: dict[str, Tensor] = {}
+        self._transfers = Transfers()
 
     def take(self, step: int, sites: Sequence[Site]) -> None:
         """``step`` is over, and its weights are whole from the next calls on."""
@@ -70,7 +76,7 @@ class SharedRouterWeights:
     def update(self, step: int, sites: Sequence[Site]) -> list[Reading]:
         """The readings of ``step``."""
         caught, self._caught = self._caught if step == self._taking else {}, {}
-        return [reading for site, rows in caught.items() for reading in _readings(site, rows)]
+        return _sent(caught, self._transfers)()
 
     def state_dict(self) -> dict[str, Any]:
         """Whose turn it is; a resumed run goes on without a gap."""
@@ -94,9 +100,29 @@ def _rows(site: Site, read: Read) -> Tensor:
     return site.weight.factors(read)[0].T
 
 
-def _readings(site: str, rows_ED: Tensor) -> list[Reading]:
-    statistics = router_statistics(rows_ED.double().cpu().numpy())
-    return [Reading(name, site, np.array([value])) for name, value in statistics.items()]
+def _sent(routers: Mapping[str, Tensor], transfers: Transfers) -> Later[list[Reading]]:
+    """The rows of these routers on their way to the host, several in a vector, and what is made of them there."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[list[str]]] = {}
+    wide = {site: rows if rows.dtype == torch.float64 else rows.float() for site, rows in routers.items()}
+    for site, rows in wide.items():
+        together = by_kind.setdefault((rows.device, rows.dtype), [[]])
+        if together[-1] and sum(wide[one].numel() for one in together[-1]) + rows.numel() > AT_ONCE:
+            together.append([])
+        together[-1].append(site)
+    shapes = {site: rows.shape for site, rows in wide.items()}
+    groups = [sites for together in by_kind.values() for sites in together]
+    packets = [transfers.start(torch.cat([wide[site].reshape(-1) for site in sites])) for sites in groups]
+    return Later(packets, lambda: list(_readings(groups, shapes, packets)))
+
+
+def _readings(
+    groups: Sequence[Sequence[str]], shapes: Mapping[str, torch.Size], packets: Sequence[Packet]
+) -> Iterator[Reading]:
+    for sites, packet in zip(groups, packets, strict=True):
+        ends = np.cumsum([shapes[site].numel() for site in sites])
+        for site, numbers in zip(sites, np.split(packet(), ends[:-1]), strict=True):
+            statistics = router_statistics(numbers.reshape(shapes[site]))
+            yield from (Reading(name, site, np.array([value])) for name, value in statistics.items())
 
 
 def router_statistics(rows_ED: Array) -> dict[str, float]:

@@ -174,7 +174,7 @@ def _piece() -> None:
 
 def stand_in(frame: Frame, size: int, site: str = "") -> Node:
     """What stands for ``size`` numbers of the slot, where the graph inserts now; it belongs into ``frame.pieces``."""
-    return add(frame.graph, _piece, (), torch.empty(size, device="meta"), _PASS, site)
+    return add(frame.graph, _piece, (), torch.empty(size, dtype=torch.float32, device="meta"), _PASS, site)
 
 
 def _readers(node: Node) -> list[Node]:

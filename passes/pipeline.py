@@ -59,11 +59,11 @@ def _rewrite(plan: Plan, view: GraphView) -> Frame:
 
 
 def _rows(plan: Plan) -> torch.Tensor:
-    return torch.zeros(2 * plan.rows, device=plan.device)
+    return torch.zeros(2 * plan.rows, dtype=torch.float32, device=plan.device)
 
 
 def _slot(plan: Plan, frame: Frame) -> torch.Tensor:
-    return torch.zeros(frame.slot_size, device=plan.device, requires_grad=True)
+    return torch.zeros(frame.slot_size, dtype=torch.float32, device=plan.device, requires_grad=True)
 
 
 def _fill(plan: Plan, frame: Frame) -> None:

@@ -152,7 +152,7 @@ class Plan:
     def fake(self, size: int) -> torch.Tensor:
         """An fp32 vector as the capture would have seen it."""
         with self.fake_mode:
-            return torch.empty(size, device=self.device)
+            return torch.empty(size, dtype=torch.float32, device=self.device)
 
     def fail(self, what: str, error: Exception) -> None:
         """Record a failure and go on; under ``strict`` it is raised."""

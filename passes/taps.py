@@ -93,7 +93,7 @@ def _one(name: str, size: int, spec: Spec, tensors: Named, more: Any, device: to
 
 def _missing(name: str, size: int, device: torch.device, error: Exception) -> Tensor:
     _on_error[name](error)
-    return torch.full((size,), math.nan, device=device)
+    return torch.full((size,), math.nan, dtype=torch.float32, device=device)
 
 
 def _rest(partials: list[Tensor], spec: str) -> Tensor:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merged import BATCH, EXPERTS, HEADS, LENGTH, RANK, STEPS, WORLD, Attention, D, Experts, Stack, batches, write
+from merged import BATCH, LENGTH, RANK, STEPS, WORLD, backend, batches, inputs, watching, write
+from merged_models import EXPERTS, HEADS, Attention, D, Experts, Stack
 from torch import Tensor, distributed, nn
 from torch.distributed._functional_collectives import (
     all_gather_single_autograd,
@@ -30,8 +31,6 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn import functional
-
-from foreshock import Watch
 
 MICROBATCHES, CHOSEN = 4, 2
 
@@ -52,7 +51,7 @@ class Part(nn.Module):
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict(layers)
+        self.layers = nn.ModuleDict(layers).double()
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
@@ -70,17 +69,17 @@ def pipeline(out: Path, name: str) -> None:
     kinds = (Attention, Plain, Plain, Plain) if "bare" in name else (Attention, Attention, Attention, Experts)
     layers = {str(number): kind() for number, kind in enumerate(kinds)}
     model = Part({key: layers[key] for key in list(layers)[len(layers) * RANK // WORLD :][: len(layers) // WORLD]})
-    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True) as watch:
-        model.compile(backend="aot_eager" if "plain" in name else watch.backend)
+    with watching(name) as watch:
+        model.compile(backend=backend(watch))
         schedule: Any = None
         if WORLD > 1:
             stage = PipelineStage(model, RANK, WORLD, torch.device("cpu"))
             kind = Schedule1F1B if "1f1b" in name else ScheduleGPipe
             schedule = kind(stage, MICROBATCHES, loss_fn=square)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        generator = torch.Generator().manual_seed(1)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1.0), inputs()
+        every: list[Tensor] = []
         for _ in range(STEPS):
-            x, target = torch.randn(2, BATCH, LENGTH, D, generator=generator)
+            x, target = next(batch), next(batch)
             losses: list[Tensor] = []
             if schedule is None:
                 for part, aim in zip(x.chunk(MICROBATCHES), target.chunk(MICROBATCHES), strict=True):
@@ -92,11 +91,12 @@ def pipeline(out: Path, name: str) -> None:
                 schedule.step(x)
             else:
                 schedule.step(target=target, losses=losses)
-            if losses:
+            if losses and watch is not None:
                 watch.log(loss=torch.stack(losses).mean())
+            every += losses
             optimizer.step()
             optimizer.zero_grad()
-    write(out, name, watch, model)
+    write(out, name, watch, model, every)
 
 
 class LocalExperts(nn.Module):
@@ -145,13 +145,17 @@ def exchanged(x: Tensor, come: list[int] | None = None, leave: list[int] | None 
 def experts(out: Path, name: str) -> None:
     """Data parallel but for the experts: ``experts``, ``experts, padded``, ``experts, plain``."""
     torch.manual_seed(0)
-    model = Stack(Attention(), LocalExperts("padded" in name))
-    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True).bind(model) as watch:
-        run = torch.compile(model, backend="aot_eager" if "plain" in name else watch.backend)
+    model, losses = Stack(Attention(), LocalExperts("padded" in name)), []
+    with watching(name) as watch:
+        if watch is not None:
+            watch.bind(model)
+        run = torch.compile(model, backend=backend(watch))
         optimizer, batch = torch.optim.SGD(model.parameters(), lr=1.0), batches()
         for _ in range(STEPS):
             loss = run(next(batch)).square().mean()
-            watch.log(loss=loss)
+            losses.append(loss)
+            if watch is not None:
+                watch.log(loss=loss)
             loss.backward()
             for key, parameter in model.named_parameters() if WORLD > 1 else ():
                 if not key.endswith("up"):
@@ -159,7 +163,7 @@ def experts(out: Path, name: str) -> None:
                 parameter.grad /= WORLD
             optimizer.step()
             optimizer.zero_grad()
-    write(out, name, watch, model)
+    write(out, name, watch, model, losses)
 
 
 class Context(Attention):
@@ -194,20 +198,22 @@ class Context(Attention):
 def context(out: Path, name: str) -> None:
     """Each rank has some of the positions: ``swap``, ``swap, plain``, ``gather``."""
     torch.manual_seed(0)
-    model = Stack(*(Context("swap" in name) for _ in range(2)))
-    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True) as watch:
-        run = torch.compile(model, backend="aot_eager" if "plain" in name else watch.backend)
-        optimizer, generator = torch.optim.SGD(model.parameters(), lr=1.0), torch.Generator().manual_seed(1)
+    model, losses = Stack(*(Context("swap" in name) for _ in range(2))), []
+    with watching(name) as watch:
+        run = torch.compile(model, backend=backend(watch))
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1.0), inputs()
         for _ in range(STEPS):
-            loss = run(torch.randn(BATCH, LENGTH, D, generator=generator).chunk(WORLD, 1)[RANK]).square().mean()
-            watch.log(loss=loss)
+            loss = run(next(batch).chunk(WORLD, 1)[RANK]).square().mean()
+            losses.append(loss)
+            if watch is not None:
+                watch.log(loss=loss)
             loss.backward()
             for parameter in model.parameters() if WORLD > 1 else ():
                 distributed.all_reduce(parameter.grad)
                 parameter.grad /= WORLD
             optimizer.step()
             optimizer.zero_grad()
-    write(out, name, watch, model)
+    write(out, name, watch, model, losses)
 
 
 class Normed(Attention):
@@ -232,11 +238,11 @@ def sequence(out: Path, name: str) -> None:
         plan = {"norm": SequenceParallel(), "out": RowwiseParallel(output_layouts=own)}
         for layer in model.layers:
             parallelize_module(layer, mesh, plan | dict.fromkeys("qkv", ColwiseParallel(input_layouts=own)))
-    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True) as watch:
-        run = torch.compile(model, backend=watch.backend)
-        optimizer, generator = torch.optim.SGD(model.parameters(), lr=1.0), torch.Generator().manual_seed(1)
+    with watching(name) as watch:
+        run = torch.compile(model, backend=backend(watch))
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1.0), inputs()
         for _ in range(STEPS):
-            x = torch.randn(BATCH, LENGTH, D, generator=generator).chunk(WORLD, 1)[RANK]
+            x = next(batch).chunk(WORLD, 1)[RANK]
             (run(x).square().sum() / (BATCH * LENGTH * D)).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -253,16 +259,17 @@ def sharded_parts(out: Path, name: str) -> None:
         plan = {**dict.fromkeys("qkv", ColwiseParallel()), "out": RowwiseParallel()}
         for layer in model.layers:
             parallelize_module(layer, mesh["tp"], plan)
-    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True).bind(model) as watch:
+    with watching(name) as watch:
+        watch.bind(model)
         for layer in model.layers:
-            layer.compile(backend=watch.backend)
+            layer.compile(backend=backend(watch))
             if WORLD > 1:
                 fully_shard(layer, mesh=mesh["dp"])
         if WORLD > 1:
             fully_shard(model, mesh=mesh["dp"])
-        optimizer, generator = torch.optim.SGD(model.parameters(), lr=1.0), torch.Generator().manual_seed(1)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1.0), inputs()
         for _ in range(STEPS):
-            model(torch.randn(BATCH, LENGTH, D, generator=generator)[share]).square().mean().backward()
+            model(next(batch)[share]).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
     write(out, name, watch)
@@ -275,22 +282,21 @@ def from_zero(out: Path, name: str) -> None:
     stage, parts = RANK // (WORLD // 2), mesh["parts"]
     torch.manual_seed(stage if "zero" in name else 0)
     model = Stack(Attention(), Attention())
-    with Watch(every=1, inner="aot_eager", windows=(2, 4), strict=True, merge="apart" not in name) as watch:
+    with watching(name) as watch:
         for layer in model.layers:
             if "tp" in name:
                 plan = {**dict.fromkeys("qkv", ColwiseParallel()), "out": RowwiseParallel()}
                 parallelize_module(layer, parts, plan)
             else:
-                layer.compile(backend=watch.backend)
+                layer.compile(backend=backend(watch))
                 fully_shard(layer, mesh=parts)
         if "tp" in name:
-            model.compile(backend=watch.backend)
+            model.compile(backend=backend(watch))
         else:
             fully_shard(model, mesh=parts)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        generator = torch.Generator().manual_seed(stage)
+        optimizer, batch = torch.optim.SGD(model.parameters(), lr=1.0), inputs(stage)
         for _ in range(STEPS):
-            model(torch.randn(BATCH, LENGTH, D, generator=generator)).square().mean().backward()
+            model(next(batch)).square().mean().backward()
             for parameter in model.parameters() if "replicas" in name else ():
                 distributed.all_reduce(parameter.grad.to_local(), group=mesh["stages"].get_group())
                 parameter.grad /= 2

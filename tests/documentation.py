@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -40,6 +41,25 @@ def blocks(text: str) -> list[Block]:
         code = re.sub(rf"^{match['indent']}", "", match["code"], flags=re.MULTILINE)
         found.append(Block(language, title[1] if title else "", code, text.count("\n", 0, match.start("code")) + 1))
     return found
+
+
+def is_python(code: str) -> bool:
+    """Whether ``code`` is Python that does something: it defines, imports, assigns or calls."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return False
+    doing = (
+        ast.Import,
+        ast.ImportFrom,
+        ast.Assign,
+        ast.AnnAssign,
+        ast.AugAssign,
+        ast.Call,
+        ast.FunctionDef,
+        ast.ClassDef,
+    )
+    return any(isinstance(node, doing) for node in ast.walk(tree))
 
 
 def commands(code: str) -> Iterator[list[str]]:

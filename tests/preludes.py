@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from adopted import adopting, after_adopting
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -85,6 +86,8 @@ def resume() -> Names:
     watch, model = foreshock.Watch("runs/resumed"), Attention()
     optimizer = fit(torch.compile(model, backend=watch.backend))
     states = {"model_state": model.state_dict(), "optimizer_state": optimizer.state_dict()}
+    for rank in range(2):
+        torch.save(watch.state_dict(), f"watch.{rank}.pt")
     return {"torch": torch, "dcp": checkpoint, "watch": watch, "model": model, "optimizer": optimizer, **states} | {
         "path": "checkpoint.pt",
         "folder": "checkpoint",
@@ -111,9 +114,11 @@ def sinks() -> Names:
 CHOICES = {
     "README.md"
 }  # pages of which each block begins anew: "one of" these ways; each model is trained a little afterwards
+SCRIPTS = {"docs/adopting.md"}  # pages of which each block is a script by itself: names that two of them import are two
 JOBS = {"docs/resume.md"}  # pages that take a process group for granted
 PRELUDES: dict[str, Callable[[], Names]] = {
     "README.md": readme,
+    "docs/adopting.md": adopting,
     "docs/concepts.md": training,
     "docs/cost.md": training,
     "docs/families.md": families,
@@ -176,6 +181,7 @@ def after_start(names: Names, printed: str) -> None:
 AFTER: dict[str, Callable[[Names, str], None]] = {
     "README.md": after_readme,
     "docs/acting.md": after_acting,
+    "docs/adopting.md": after_adopting,
     "docs/families.md": after_families,
     "docs/index.md": after_index,
     "docs/patterns.md": after_patterns,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
@@ -16,13 +19,17 @@ def flushes(readings: np.ndarray, loss: np.ndarray | None = None) -> list[Apart]
     """Ranks that told each other ``readings [flushes, ranks]`` of one series, and perhaps of their losses."""
     ranks = [Apart() for _ in range(readings.shape[1])]
     for site, metric, rows in ((SITE, METRIC, readings), (None, LOSS, () if loss is None else loss)):
-        for row in rows:
-            told = [one.tell((site, 0), np.array([x])) for one, x in zip(ranks, row, strict=True)]
-            sums = np.sum([added for added, _ in told], 0)
-            largest = np.max([with_rank(far, rank) for rank, (_, far) in enumerate(told)], 0)
-            for one in ranks:
-                one.hear((site, 0), [metric], sums, *without_rank(largest))
+        tell(ranks, rows, site, metric)
     return ranks
+
+
+def tell(ranks: list[Apart], rows: Iterable[np.ndarray], site: str | None, metric: str) -> None:
+    for row in rows:
+        told = [one.tell((site, 0), np.array([x])) for one, x in zip(ranks, row, strict=True)]
+        sums = np.sum([added for added, _ in told], 0)
+        largest = np.max([with_rank(far, rank) for rank, (_, far) in enumerate(told)], 0)
+        for one in ranks:
+            one.hear((site, 0), [metric], sums, *without_rank(largest))
 
 
 def named(readings: np.ndarray) -> int | None:
@@ -90,3 +97,18 @@ def test_readings_are_told_as_they_are_judged() -> None:
     assert folded(OF_LOSS, np.array([np.e])) == pytest.approx(1.0)
     assert np.isnan(folded(OF_LOSS, np.array([-1.0])))
     assert np.isnan(folded(OF_LOSS, np.array([np.inf])))
+
+
+def test_a_resumed_run_names_the_rank_that_one_never_stopped_would() -> None:
+    readings = 1.0 + noise(4, 0)
+    readings[36:, 2] += 0.5  # few of these were heard when the state was saved
+    whole, before = flushes(readings), flushes(readings[:38])
+    state = json.loads(json.dumps(before[0].state_dict()))
+    resumed = [Apart() for _ in range(4)]
+    for one in resumed:
+        one.load_state_dict(state)
+    tell(resumed, readings[38:], SITE, METRIC)
+    assert {one.rank(METRIC, SITE) for one in (*whole, *resumed)} == {2}
+    assert resumed[0].state_dict() == whole[0].state_dict()
+    resumed[0].forget()
+    assert resumed[0].rank(METRIC, SITE) is None

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
+from commands import call
 
 from foreshock import cli, progress
 from foreshock.records import Alarm, Coverage, Reading, Site, SiteStatus
@@ -73,14 +75,6 @@ def folder(tmp_path: Path) -> Path:
     store.coverage(Coverage((SiteStatus(Site("a", "layers.0", "attention", "sdpa"), 1, 1, {}),)))
     store.close()
     return tmp_path / "one"
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """`cli.main` in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["foreshock", *map(str, arguments)])
-    with pytest.raises(SystemExit) as leaving:
-        cli.main()
-    return int(leaving.value.code or 0)
 
 
 def test_report(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,6 +340,37 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
 def test_help_says_the_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--help") == 0
     assert "Exit codes: 0 all went well" in " ".join(capsys.readouterr().out.split())
+
+
+def options(command: str) -> set[str]:
+    return {option for param in typer.main.get_command(cli.app).commands[command].params for option in param.opts}
+
+
+def test_every_command_that_prints_a_table_prints_json_as_well_and_is_in_the_manual() -> None:
+    commands = set(typer.main.get_command(cli.app).commands)
+    told_on_stderr_or_a_path = {"run", "report"}
+    assert {name for name in commands if "--json" not in options(name)} == told_on_stderr_or_a_path
+    manual = (Path(__file__).parents[1] / "docs/cli.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in manual.split("## Exit codes")[0].splitlines() if line.startswith("| `")]
+    assert {row.split("`")[1].split()[0] for row in rows} == commands
+
+
+@pytest.mark.parametrize(
+    ("command", "told"), [(["report"], "drawing"), (["compare", "{}"], "judging")], ids=["report", "compare"]
+)
+def test_what_takes_long_says_so_on_standard_error(
+    folder: Path, command: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.format(folder) for word in command]
+    assert call(monkeypatch, *words, folder) == 0
+    piped = capsys.readouterr()
+    assert piped.err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert call(monkeypatch, *words, folder) == 0
+    seen = capsys.readouterr()
+    assert told in seen.err
+    assert seen.out == piped.out
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

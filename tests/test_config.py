@@ -48,6 +48,7 @@ def test_variables_have_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("every = 0", "every must be at least 1, got 0"),
         ("steps_per_false_alarm = 0", "steps_per_false_alarm must be at least 1, got 0"),
         ('align = "token"', r"align must be one of step, tokens, got 'token' \(did you mean tokens"),
+        ("merge_timeout = 0", "merge_timeout must be seconds, more than 0, got 0"),
         ("budget = 1", "budget must be a share of a step's time between 0 and 1, got 1.0"),
         ('budget = "x"', "budget must be float"),
         ("every = true", "every must be int, got True"),

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from divided import CHOSEN, MICROBATCHES
 from jobs import Job, check, trains_alike
-from merged import BATCH, HEADS, LENGTH, STEPS
+from merged import BATCH, LENGTH, STEPS
+from merged_models import HEADS
 
-from foreshock.shards import families
+from foreshock.kin import alike, families
 
 ALONE = ("gpipe", "experts", "swap")
 ALONE_TOO = ("experts, padded", "gather", "sequence")
@@ -108,7 +109,8 @@ def test_each_parameter_counts_once_in_the_norm_of_fsdp_and_tensor_parallel_grad
     ],
 )
 def test_which_ranks_have_one_site(told: list[Any], spans: list[str], expected: list[list[int]]) -> None:
-    assert families(told, [span.encode() for span in spans]) == expected
+    groups = [(known, whole, alike(ranks, [span.encode() for span in spans])) for known, whole, ranks in told]
+    assert [sorted(rank for group in of for rank in group.ranks) for of in families(groups)] == expected
 
 
 @pytest.mark.slow
@@ -160,6 +162,14 @@ def test_other_schedules_and_ways_of_exchange(alone: Job, tmp_path: Path) -> Non
     )  # that of the norm's weight is a sum on its way (`Partial`)
     # A rank's gradients of keys and values that all gathered are of its own queries alone.
     check(whole, job, "gather", 2, but=("grad_k_norm", "grad_v_norm", "grad_absmax", "law/euler_gain", "law/key_gain"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpipe", "experts", "swap"])
+def test_four_ranks_tell_what_one_process_tells_of_the_whole_model(alone: Job, tmp_path: Path, name: str) -> None:
+    job = Job(tmp_path / "four", 4, name, f"{name}, plain", script="divided.py")
+    check(alone, job, name, 4)
+    assert all(trains_alike(job.series(name, rank), job.series(f"{name}, plain", rank)) for rank in range(4))
 
 
 # -- the examples of docs/pipeline.md, docs/expert_parallel.md and docs/context_parallel.md --------------------------------

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from documentation import ROOT, Block, blocks, check, commands
-from preludes import AFTER, CHOICES, JOBS, PRELUDES
+from documentation import ROOT, Block, blocks, check, commands, is_python
+from preludes import AFTER, CHOICES, JOBS, PRELUDES, SCRIPTS
 
 import foreshock
 from foreshock import default
@@ -75,7 +75,9 @@ def test_the_code_of_the_page_runs(
     space |= prelude()
     for block in BLOCKS[page]:
         if block.language == "python":
-            execute(page, block, space)
+            names = dict(space) if page in SCRIPTS else space
+            execute(page, block, names)
+            space |= names
             if page in CHOICES:
                 space["train"](space["model"])
                 space |= prelude()
@@ -104,6 +106,7 @@ def test_the_settings_of_the_page_are_taken(page: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", FILES)
 def test_no_block_is_skipped(page: str) -> None:
     assert [(block.line, block.language) for block in BLOCKS[page] if block.language not in OTHERS | {"python"}] == []
+    assert [block.line for block in BLOCKS[page] if block.language == "text" and is_python(block.code)] == []
 
 
 def test_pages_named_here_are_there() -> None:
@@ -140,6 +143,22 @@ def plain(text: str) -> str:
 def test_blocks_are_found() -> None:
     text = 'a\n```python title="x.py"\n1\n```\n- b\n\n  ```\n  2\n  ```\n````text\n```\n````\n'
     assert blocks(text) == [Block("python", "x.py", "1\n", 3), Block("", "", "2\n", 8), Block("text", "", "```\n", 11)]
+
+
+@pytest.mark.parametrize(
+    ("code", "python"),
+    [
+        ("import os", True),
+        ("x = 1", True),
+        ("watch.flush()", True),
+        ("def f(x):\n    return x", True),
+        ("capture -> patterns", False),
+        ("loss", False),
+        ("step 3: a.b is 4", False),
+    ],
+)
+def test_python_that_calls_itself_text_is_told(code: str, python: bool) -> None:
+    assert is_python(code) == python
 
 
 def test_commands_are_found() -> None:

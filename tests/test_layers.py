@@ -79,7 +79,7 @@ def _outside(reached: set[str], room: str, allowed: tuple[str, ...]) -> set[str]
     return {name for name in ours if not any(name == entry or name.startswith(f"{entry}.") for entry in allowed)}
 
 
-LEAVES = ("foreshock.records", "foreshock.errors", "foreshock.layout", "foreshock.stages")
+LEAVES = ("foreshock.records", "foreshock.errors", "foreshock.layout", "foreshock.stages", "foreshock.transfer")
 
 
 def test_the_walk_sees_the_whole_library() -> None:

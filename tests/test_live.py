@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from browser import until
+from commands import call
 from rich.console import Console
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,14 +24,16 @@ from writing import FAULT, NAME, write, writer
 import foreshock
 from foreshock.errors import RunError
 from foreshock.following import Following
-from foreshock.live import sparkline, watch
+from foreshock.live import watch
+from foreshock.live_view import snapshot, sparkline, view
 from foreshock.monitors.report_limits import bands
 from foreshock.monitors.report_worst import worst
 from foreshock.reader import open_run
-from foreshock.records import Reading
+from foreshock.records import Alarm, Coverage, Reading, Site, SiteStatus
 from foreshock.store import RunStore
 
 SIZE = (40, 110)
+SMALL = (24, 80)
 START = "import sys; sys.argv = ['foreshock', 'watch', *sys.argv[1:]]; from foreshock.cli import main; main()"
 
 
@@ -59,11 +63,11 @@ class Screen:
 
 
 @contextmanager
-def terminal(*arguments: str) -> Iterator[Screen]:
+def terminal(*arguments: str, size: tuple[int, int] = SIZE) -> Iterator[Screen]:
     pexpect, pyte = pytest.importorskip("pexpect"), pytest.importorskip("pyte")
-    screen = pyte.Screen(SIZE[1], SIZE[0])
-    environment = os.environ | {"TERM": "xterm-256color", "LINES": str(SIZE[0]), "COLUMNS": str(SIZE[1])}
-    child = pexpect.spawn(sys.executable, ["-c", START, *arguments], dimensions=SIZE, env=environment, encoding="utf-8")
+    screen = pyte.Screen(size[1], size[0])
+    environment = os.environ | {"TERM": "xterm-256color", "LINES": str(size[0]), "COLUMNS": str(size[1])}
+    child = pexpect.spawn(sys.executable, ["-c", START, *arguments], dimensions=size, env=environment, encoding="utf-8")
     try:
         yield Screen(child, screen, pyte.Stream(screen))
     finally:
@@ -101,6 +105,72 @@ def test_a_run_is_waited_for_until_ctrl_c(tmp_path: Path) -> None:
         assert seen.ends() == 0
 
 
+def sick(folder: Path) -> None:
+    """A run of 60 steps with eight sites whose laws break, five alarms, three curves and a long line about its cost."""
+    store = RunStore(folder)
+    sites = [
+        Site(f"s{i}", f"model.layers.{i}.self_attn", "attention", "sdpa", heads=2, kv_heads=2, dtype="bfloat16")
+        for i in range(8)
+    ]
+    for step in range(60):
+        laws = [np.array([1e-3, 0.1 + 0.05 * i if step >= FAULT else 1e-3]) for i in range(8)]
+        curves = {"run/loss": 3 - step / 60, "optim/lr": 1e-3, "optim/grad_norm": 1.0}
+        readings = [Reading(name, None, np.array([value])) for name, value in curves.items()]
+        pairs = zip(sites, laws, strict=True)
+        store.write(step, readings + [Reading("law/euler", site.id, values) for site, values in pairs])
+    for i, site in enumerate(sites[:5]):
+        words = ("at most 0.06", "critical", "low-precision attention kernel", ("law/euler is 0.4",), "the kernel")
+        store.alarm(Alarm(FAULT + 2 + i, FAULT + i, site.id, "law/euler", 0.4, *words, head=1, confidence="proved"))
+    store.coverage(Coverage(tuple(SiteStatus(site, 60, 60, {"law/euler": ""}) for site in sites)))
+    parts = {"judging": "0.25 s (1.0% of the wall clock)", "sampling": "3.1 s (12% of the wall clock)"}
+    store.meta(cost={**parts, "wall clock": "25.0 s", "sampled steps now": "1 in 10"})
+    store.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a Unix terminal")
+def test_a_standard_terminal_has_room_for_the_most_important(tmp_path: Path) -> None:
+    sick(tmp_path)
+    wanted = (
+        "Not healthy since about step 40",
+        "What to do  Change",
+        "How sure    Proved",
+        "closed by its writer",
+        "what watching costs: judging",
+        "sampled steps now 1 in 10",
+        "and 3 more: foreshock alarms",
+        "and 6 more: foreshock report",
+        "run/loss",
+    )
+    with terminal(str(tmp_path), size=SMALL) as seen:
+        until(seen.shows(*wanted), 40)
+        alarm = r"40 +42 +low-precision .* model\.layers\.0.* proved"
+        until(lambda: re.search(alarm, seen.text) is not None, 20)
+        assert len(re.findall(r"model\.layers\.[76]\.self_attn law/euler 0\.4\d? +at most 0\.062", seen.text)) == 2
+        seen.child.send("q")
+        assert seen.ends() == 0
+
+
+@pytest.mark.parametrize("width", [50, 80, 132])
+def test_a_view_takes_no_more_than_there_is(tmp_path: Path, width: int) -> None:
+    sick(tmp_path)
+    following = Following(tmp_path)
+    found = following.look(snapshot)
+    console = Console(width=width, force_terminal=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    told = []
+    for height in (*range(12, 40, 3), 40, 59):
+        drawn = console.render_lines(
+            view(found, "exp1 · step 59", console, height), console.options.update(height=None)
+        )
+        assert len(drawn) <= height
+        assert all(sum(piece.cell_length for piece in line) == width for line in drawn)
+        told.append("\n".join("".join(piece.text for piece in line) for line in drawn))
+    assert all("what watching costs" in text and "Not healthy" in text for text in told)
+    counts = [text.count("law/eul") for text in told]
+    assert counts[-1] == 8
+    assert "more:" not in told[-1]
+    assert min(counts[-3:]) > 0
+
+
 def shown(folder: Path, **options: Any) -> str:
     console = Console(width=100, force_terminal=False, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     assert watch(str(folder), console=console, **options) == 0
@@ -118,6 +188,22 @@ def test_without_a_terminal_it_prints_once(tmp_path: Path) -> None:
     assert f"{NAME}, key/value head 1" in text
     assert "what watching costs: judging 0.25 s (1.0% of the wall clock); wall clock 25.0 s" in text
     store.close()
+
+
+def test_once_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sick(tmp_path)
+    assert call(monkeypatch, "watch", tmp_path, "--once", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["verdict"]["title"] == "Not healthy since about step 40"
+    assert told["verdict"]["answers"]["Where"] == "model.layers.0.self_attn, key/value head 1"
+    assert told["steps"] == {"recorded": 60, "last": 59}
+    assert [alarm["onset"] for alarm in told["alarms"]] == [40, 41, 42, 43, 44]
+    assert [(one["site"], round(one["value"], 6)) for one in told["worst"][:2]] == [("s7", 0.45), ("s6", 0.4)]
+    assert told["now"] == pytest.approx({"run/loss": 3 - 59 / 60, "optim/lr": 1e-3, "optim/grad_norm": 1.0})
+    assert told["cost"]["wall clock"] == "25.0 s"
+    for refused in (["--json"], ["--json", "--web", "--once"]):
+        assert call(monkeypatch, "watch", tmp_path, *refused) == 2
+        assert "--once" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path: Path) -> None:

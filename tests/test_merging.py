@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import Job, check, trains_alike
-from merged import ASTRAY, BROKEN, DYING, KERNEL_STEPS, STEPS
+from jobs import Job, check, identical, same_as_parts, trains_alike
+from merged import ASTRAY, BROKEN, KERNEL_STEPS, LONELY_STEPS, STEPS
+from merged_models import DYING
 
 from foreshock import open_run
 from foreshock.ranks import ALONE
 from foreshock.shards import LARGEST, is_literal, side_by_side, with_rank, without_rank, worst_ranks
 
-TOGETHER = ("tp", "ddp", "ddp, sampled", "ddp, plain", "sites", "stages", "idle", "probe", "broken", "late")
-TURNED = ("no gloo", "joined", "parted", "paced")
+EQUAL = ("ddp", "ddp, plain", "ddp, apart", "ddp, sampled", "fsdp", "fsdp, plain", "fsdp, apart", "tp", "tp, apart")
+APART = ("sites", "stages", "idle", "probe", "mute", "broken", "late")
+TURNED = ("full, plain", "full", "no gloo", "joined", "parted", "paced")
+LAST = ("lonely, plain", "lonely")  # behind the latter ranks count their watches otherwise
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +32,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return Job(tmp_path_factory.mktemp("two"), 2, *TOGETHER, *TURNED)
+    return Job(tmp_path_factory.mktemp("two"), 2, *EQUAL, *APART, *TURNED, *LAST)
 
 
-@pytest.mark.parametrize("name", ["ddp", "ddp, sampled", "tp"])
+@pytest.mark.parametrize("name", ["ddp", "ddp, sampled", "fsdp", "tp"])
 def test_two_ranks_tell_what_one_process_tells_of_the_whole_batch(alone: Job, two: Job, name: str) -> None:
     check(alone, two, name, 2)
     assert two.told(name, 0)["sites"] == two.told(name, 1)["sites"]
@@ -47,8 +50,14 @@ def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two
     assert two.told("ddp, sampled")["flushes"] == STEPS // 2 + last + two.told("ddp, sampled")["agreements"]
 
 
-def test_training_is_not_changed(two: Job) -> None:
-    assert trains_alike(two.series("ddp"), two.series("ddp, plain"))
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp"])
+def test_what_is_merged_is_what_the_ranks_measured(two: Job, name: str) -> None:
+    same_as_parts(two, name, 2)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_training_is_bitwise_what_it_is_without_a_watch(two: Job, name: str) -> None:
+    assert all(trains_alike(two.series(name, rank), two.series(f"{name}, plain", rank)) for rank in range(2))
 
 
 def test_a_site_of_one_rank_is_known_on_all(two: Job) -> None:
@@ -83,6 +92,35 @@ def test_a_probe_that_fails_on_one_rank_holds_nobody_up(two: Job) -> None:
     assert any("probe `own`" in line for line in two.told("probe", 1)["warnings"])
 
 
+def test_a_rank_that_cannot_say_what_it_has_takes_part_all_the_same(two: Job) -> None:
+    """It cannot weigh once either, and a monitor records another size from a step on."""
+    series, resized = two.series("mute"), "merging own/thing, which is left out: ConfigError: it is of another size"
+    assert series["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(STEPS))
+    assert series["own/thing|None|steps"].tolist() == list(range(DYING))
+    (line,) = two.told("mute")["warnings"]
+    assert line.startswith(resized)
+    told = two.told("mute", 1)
+    assert {line.partition(":")[0] for line in told["warnings"]} == {
+        "weighing what is merged",
+        "describing what the ranks merge; this rank has no part in it for now",
+    }
+    norms = (two.series(name)["optim/grad_norm|None|values"] for name in ("mute", "probe"))
+    assert np.allclose(*norms, rtol=1e-6)
+
+
+def test_a_full_disk_of_the_rank_that_writes_loses_nothing(two: Job) -> None:
+    """Training goes on on both, one warning is given, and what waited is written once there is room."""
+    (warning,) = two.told("full")["warnings"]
+    assert warning.startswith("writing to the store")
+    assert "disk is full" in warning
+    assert two.told("full", 1)["warnings"] == []
+    for rank in (0, 1):
+        assert two.series("full", rank)["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(STEPS))
+        assert trains_alike(two.series("full", rank), two.series("full, plain", rank))
+    with open_run(two.out / "full") as run:
+        assert run.series("attention/q_rms")[0].tolist() == list(range(STEPS))
+
+
 def test_an_alarm_names_the_rank_and_comes_to_all_at_one_step(two: Job) -> None:
     first, second = two.told("broken", 0), two.told("broken", 1)
     assert first["alarms"] == second["alarms"]
@@ -92,6 +130,8 @@ def test_an_alarm_names_the_rank_and_comes_to_all_at_one_step(two: Job) -> None:
     assert alarm["site"] == "attention:layers.1"
     assert BROKEN <= alarm["step"] < KERNEL_STEPS
     assert "Worst on rank 1 (" in alarm["message"]
+    assert first["stopped"] == second["stopped"] != []
+    assert set(first["asked"]) <= set(first["called"])  # nobody asks the store for an alarm that all hear
     with open_run(two.out / "run") as run:  # rank 0 wrote for both
         assert [a.to_json() for a in run.alarms] == first["alarms"]
         assert run.steps.tolist() == list(range(KERNEL_STEPS))
@@ -110,6 +150,18 @@ def test_without_a_group_each_rank_watches_for_itself(two: Job) -> None:
     first, second = (two.series("no gloo", rank)["attention/q_rms|attention:layers.0|values"] for rank in (0, 1))
     assert len(first) == len(second) == STEPS
     assert not np.allclose(first, second)
+
+
+def test_a_watch_on_one_rank_alone_says_what_to_do_and_training_goes_on(two: Job) -> None:
+    told = two.told("lonely")
+    (warning,) = told["warnings"]
+    assert warning.startswith(
+        f"{ALONE}: ForeshockError: after 0.5 s not all 2 ranks had come to their watch; make it on "
+    )
+    assert two.told("lonely", 1)["warnings"] == []
+    assert two.series("lonely")["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(LONELY_STEPS))
+    for rank in (0, 1):
+        assert trains_alike(two.series("lonely", rank), two.series("lonely, plain", rank))
 
 
 @pytest.mark.parametrize(
@@ -132,8 +184,9 @@ def test_a_state_of_ranks_that_were_watched_otherwise_loses_no_more_than_it_must
         assert [alarm["step"] for alarm in found["alarms"]] == ([DYING] if name == "parted" or rank == 1 else [])
         merged = found["flushes"] is not None
         assert merged is (name == "joined")
-        assert series["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(STEPS, 2 * STEPS))
-        assert series["attention/delta2_norm|attention:layers.0|steps"].tolist() == list(range(STEPS, 2 * STEPS, 2))
+        first = STEPS if merged else STEPS - 2  # what waited to be merged is this rank's own now
+        assert series["attention/q_rms|attention:layers.0|steps"].tolist() == list(range(first, 2 * STEPS))
+        assert series["attention/delta2_norm|attention:layers.0|steps"].tolist() == list(range(first, 2 * STEPS, 2))
 
 
 def test_a_budget_goes_on_alike_on_ranks_that_have_no_state_of_their_own(two: Job) -> None:
@@ -150,32 +203,36 @@ def test_a_rank_that_is_late_is_given_up_and_training_goes_on(two: Job) -> None:
         (warning,) = told["warnings"]
         assert warning.startswith("merging what the ranks measured; this rank watches no more")
         assert told["step"] == STEPS
+        assert told["reads"] == sorted(told["reads"])[: DYING + 2], "the optimizer is read no more"
+        assert told["forward"] == STEPS - 1
+        ((evaluations, sampled, _),) = told["sites"].values()
+        assert (evaluations, sampled) == (STEPS, len(told["reads"]) + 1), "the plain graph runs from the next step on"
     assert list(two.series("late")["attention/q_rms|attention:layers.0|steps"])[:1] == [0]
 
 
-def test_a_rank_that_dies_is_given_up(tmp_path: Path) -> None:
-    job = Job(tmp_path / "gone", 2, "gone")
-    told = job.told("gone")
-    (warning,) = told["warnings"]
-    assert warning.startswith("merging what the ranks measured")
-    assert told["step"] == STEPS
-    steps = job.series("gone")["attention/q_rms|attention:layers.0|steps"].tolist()
-    assert steps in ([0], [0, 1])  # the flush of step 1 was begun when rank 1 went, and may be over by then
-    assert max(steps) < DYING - 1
-
-
-def test_an_error_on_one_rank_is_not_held_up_by_the_others(tmp_path: Path) -> None:
-    told = Job(tmp_path / "failing", 2, "failing").told("failing")
-    assert told["step"] == DYING
-    assert told["waited"] == []
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tp"])
+def test_four_ranks_tell_what_one_process_tells_of_the_whole_batch(alone: Job, tmp_path: Path, name: str) -> None:
+    job = Job(tmp_path / "job", 4, name, f"{name}, plain", f"{name}, apart")
+    check(alone, job, name, 4)
+    same_as_parts(job, name, 4)
+    assert all(trains_alike(job.series(name, rank), job.series(f"{name}, plain", rank)) for rank in range(4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "ranks"), [("ddp", 4), ("fsdp", 2), ("fsdp", 4)])
-def test_more_ranks_and_sharded_ones(alone: Job, tmp_path: Path, name: str, ranks: int) -> None:
-    job = Job(tmp_path / "job", ranks, name, f"{name}, plain")
-    check(alone, job, name, ranks)
-    assert trains_alike(job.series(name), job.series(f"{name}, plain"))
+def test_buckets_by_which_dynamo_splits_the_graph_and_a_group_that_is_given_make_no_difference(
+    alone: Job, two: Job, tmp_path: Path
+) -> None:
+    job = Job(tmp_path / "job", 2, "ddp, buckets", "ddp, buckets, plain", "ddp, unsplit", "ddp, group")
+    assert two.told("ddp")["graphs"] == job.told("ddp, unsplit")["graphs"] == job.told("ddp, group")["graphs"] == 1
+    assert job.told("ddp, buckets")["graphs"] > 1
+    check(alone, job, "ddp, buckets", 2, "ddp")
+    for rank in range(2):
+        expected = two.series("ddp", rank)
+        assert trains_alike(job.series("ddp, buckets", rank), job.series("ddp, buckets, plain", rank))
+        for name in ("ddp, unsplit", "ddp, group"):
+            assert trains_alike(job.series(name, rank), expected)
+            assert identical(job.series(name, rank), expected)
 
 
 @pytest.mark.slow

@@ -292,6 +292,18 @@ def test_a_dear_graph_comes_under_the_budget(clock: Clock) -> None:
     assert train(clock, 400, every=2, graph=0.3, budget=0.05).pace.periods[SAMPLING] == 8
 
 
+@pytest.mark.parametrize(("graph", "expected"), [(0.3, 8), (0.001, 1)])
+def test_where_every_step_is_sampled_a_graph_is_held_against_plain_steps(
+    clock: Clock, graph: float, expected: int
+) -> None:
+    """Then it comes under the budget, or every step is sampled again."""
+    watch = train(clock, 600, every=1, graph=graph, budget=0.05)
+    assert watch.pace.periods[SAMPLING] == expected
+    steps, _ = watch.series("attention/q_rms")
+    assert np.diff(steps).tolist().count(2) > 20
+    assert any("against plain steps" in warning for warning in watch.coverage.warnings) is (expected == 2)
+
+
 def test_a_run_within_its_budget_is_left_alone(clock: Clock) -> None:
     free, held = (train(clock, 300, every=3, own=0.01, graph=0.01, budget=budget) for budget in (None, 0.05))
     assert held.coverage.warnings == free.coverage.warnings == ()

@@ -9,8 +9,10 @@ from foreshock.parameter_keys import Keys
 NAMES = ["model.layers.0.q.weight", "model.layers.1.q.weight", "lm_head.weight"]
 
 
-def asked(keys: list[str], names: list[str] = NAMES, prefix: str = "") -> tuple[dict[str, str], dict[str, str]]:
-    return Keys(keys, prefix=prefix).find(dict.fromkeys(names, ()))
+def asked(
+    keys: list[str], names: list[str] = NAMES, prefix: str = "", words: tuple[str, ...] = ()
+) -> tuple[dict[str, str], dict[str, str]]:
+    return Keys(keys, prefix=prefix, words=words).find(dict.fromkeys(names, ()))
 
 
 @pytest.mark.parametrize(
@@ -33,30 +35,69 @@ def test_the_same_parameters_nested_otherwise(written) -> None:
 
 
 def test_a_model_that_has_a_word_in_front() -> None:
-    found, reasons = asked(["layers.0.q.weight", "layers.1.q.weight"])
+    keys = ["layers.0.q.weight", "layers.1.q.weight"]
+    found, reasons = asked(keys, NAMES[:2])
     assert found == {name: name.removeprefix("model.") for name in NAMES[:2]}
-    assert list(reasons) == ["lm_head.weight"]
+    assert reasons == {}
+    for below in ("state_dict.", "state_dict.module."):
+        assert asked([below + key for key in keys], NAMES[:2])[0] == {f"model.{key}": below + key for key in keys}
+    names = [f"transformer.{key}" for key in keys]  # what a model calls its base, it says itself
+    assert asked(keys, names)[0] == {}
+    assert asked(keys, names, words=("transformer",))[0] == dict(zip(names, keys, strict=True))
 
 
-def test_the_whole_name_comes_before_its_end() -> None:
-    found, _ = asked(["layers.0.q.weight", "ema.layers.0.q.weight"], ["layers.0.q.weight"])
-    assert found == {"layers.0.q.weight": "layers.0.q.weight"}
+@pytest.mark.parametrize("below", ["vision_tower.", "ema.", "student.model.", "model.language_model."])
+def test_what_ends_alike_is_not_taken_for_it(below: str) -> None:
+    """Another tower, an average: the parameter itself was saved under a new name, or not at all."""
+    keys = [f"{below}{name}" for name in NAMES]
+    for others in ([], ["model.layers.0.wq.weight"]):
+        found, reasons = asked([*keys, *others])
+        assert found == {}
+        assert list(reasons) == NAMES
+        assert f"of what ends alike ({keys[0]}) nothing is taken" in reasons[NAMES[0]]
+    assert asked(keys, prefix=below)[0] == dict(zip(NAMES, keys, strict=True))
+
+
+@pytest.mark.parametrize("key", ["q.weight", "0.q.weight", "layers.0.q.weight"])
+def test_the_end_of_a_name_is_not_taken_for_it(key: str) -> None:
+    found, reasons = asked([key], ["model.decoder.layers.0.q.weight"])
+    assert found == {}
+    assert f"({key}) nothing is taken" in reasons["model.decoder.layers.0.q.weight"]
+
+
+def test_a_change_of_prefix_is_of_all_parameters_or_of_none() -> None:
+    keys = [f"model.{name}" for name in NAMES]
+    found, reasons = asked(keys[:2])
+    assert found == {}
+    assert list(reasons) == NAMES
+    found, reasons = asked([NAMES[0], *keys])  # as they are, one is there; below model all are
+    assert found == dict(zip(NAMES, keys, strict=True))
+    found, reasons = asked([NAMES[0], *keys[:2]])
+    assert found == {NAMES[0]: NAMES[0]}
+    assert list(reasons) == NAMES[1:]
+
+
+def test_the_whole_name_comes_before_any_other() -> None:
+    for other in ("ema.layers.0.q.weight", "model.layers.0.q.weight", "module.layers.0.q.weight"):
+        found, _ = asked(["layers.0.q.weight", other], ["layers.0.q.weight"])
+        assert found == {"layers.0.q.weight": "layers.0.q.weight"}
 
 
 def test_two_that_fit_are_told_and_the_prefix_decides() -> None:
-    keys = ["a.layers.0.q.weight", "b.layers.0.q.weight"]
+    keys = ["app.layers.0.q.weight", "state.layers.0.q.weight"]
     found, reasons = asked(keys, ["layers.0.q.weight"])
     assert found == {}
     assert reasons == {
         "layers.0.q.weight": f"layers.0.q.weight could be any of {', '.join(keys)}; say which with --prefix"
     }
-    assert asked(keys, ["layers.0.q.weight"], "b")[0] == {"layers.0.q.weight": "b.layers.0.q.weight"}
-    assert asked(keys, ["layers.0.q.weight"], "b.")[0] == {"layers.0.q.weight": "b.layers.0.q.weight"}
+    for prefix in ("state", "state."):
+        assert asked(keys, ["layers.0.q.weight"], prefix)[0] == {"layers.0.q.weight": keys[1]}
+    assert asked(["state_of.q.weight"], ["q.weight"], "state")[0] == {}
 
 
 def test_one_key_is_one_parameter() -> None:
-    """The encoder alone was saved: its layers are not the decoder's."""
-    found, reasons = asked(["layers.0.q.weight"], ["encoder.layers.0.q.weight", "decoder.layers.0.q.weight"])
+    names = ["layers.0.q.weight", "layers.0.module.q.weight"]
+    found, reasons = asked(["layers._orig_mod.0.q.weight"], names)
     assert found == {}
     assert all("could be any of" in reason for reason in reasons.values())
     assert len(reasons) == 2

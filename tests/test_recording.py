@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from loop import STEPS, Loop, identical
 
-from foreshock import Watch, collector, open_run
+from foreshock import Watch, collector, memory, open_run
 
 
 def counted(watch: Watch) -> list[int]:
@@ -69,6 +69,14 @@ def test_a_rank_for_which_another_writes_makes_none(one_thread, monkeypatch, tmp
         watch.collector.hush()
         Loop(watch.backend).run()
         assert made == []
+
+
+def test_a_rank_for_which_another_writes_keeps_the_newest(one_thread, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "RECENT_BYTES", 1)
+    with Watch(every=1, inner="aot_eager") as watch:
+        watch.collector.hush()
+        Loop(watch.backend).run()
+        assert watch.series("attention/q_rms")[0].tolist() == [STEPS - 1]
 
 
 def test_a_ledger_that_cannot_be_made_is_told_once_and_changes_nothing(

@@ -97,8 +97,7 @@ def test_a_script_that_compiles_nothing_is_watched_and_is_itself_in_all_else() -
         "foreshock: no alarm at 3 sites in 3 steps",
         "foreshock: run kept in kept; see it with: foreshock report kept",
     ]
-    own = [line for line in err.splitlines() if "frozen runpy" not in line and "_main" not in line]
-    assert [line for line in watched_err.splitlines() if not line.startswith("foreshock: ")] == own
+    assert [line for line in watched_err.splitlines() if not line.startswith("foreshock: ")] == err.splitlines()
     with foreshock.open_run("kept") as run:
         assert len(run.sites) == 3
         assert "law/euler" in run.metrics()
@@ -211,6 +210,19 @@ def test_without_a_site_the_summary_says_what_to_do() -> None:
     assert told == "--compile-eager Lair compiled nothing of what is trained and called as a module: Sequential"
     told = watched("net(torch.zeros(1, 4, dtype=torch.long))").summary()[0]
     assert told == "--compile-eager auto compiled nothing: no optimizer of torch held a module's parameters"
+
+
+def test_what_a_thread_trains_after_the_last_line_is_watched() -> None:
+    late = "import threading\ndef late():\n    threading.main_thread().join()\n    steps(net, optimizer, 4)\n"
+    Path("script.py").write_text(
+        NETS + PLAIN + "net.compile()\nsteps(net, optimizer, 1)\n" + late + "threading.Thread(target=late).start()\n"
+    )
+    process = started("-m", "foreshock.run", "--run", "kept", "script.py")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "foreshock: no alarm at 3 sites in 5 steps" in err.splitlines()
+    with foreshock.open_run("kept") as run:
+        assert list(run.series("law/euler", run.sites[0].id)[0]) == [0, 1, 2, 3, 4]
 
 
 RANK = """

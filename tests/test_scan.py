@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,113 +12,39 @@ import numpy as np
 import pytest
 import torch
 from loop import Layer, Loop
+from saving import (
+    FORMATS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    VALUES,
+    Save,
+    capture_each_model_once,
+    llama,
+    mixtral,
+    moved,
+    pretrained,
+    sharded,
+    values,
+)
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.nn import functional
 
 import foreshock
-from foreshock import Watch, cli, models, scanning
-from foreshock.errors import CheckpointError, ConfigError
+from foreshock import Watch, cli
 from foreshock.monitors.weights import router_statistics
-from foreshock.scan_tables import shown, told
-from foreshock.scanning import Scan, scan
+from foreshock.scan_tables import shown
+from foreshock.scanning import scan
 
 transformers = pytest.importorskip("transformers")
 
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 4, 2, 8, 2
-VALUES = {
-    "vocab_size": 64,
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "intermediate_size": HIDDEN,
-    "max_position_embeddings": 64,
-}
 SPECTRA = [
     f"attention/{of}_{name}"
     for of in ("delta2", "delta3", "dwq", "dwk")
     for name in ("norm", "stable_rank", "entropy", "effective_rank")
 ]
-
-
-_captured: dict[tuple[str, ...], Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def _capture_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capturing takes a second; the same config and callable give the same module and sites."""
-
-    def captured(target: str, args: Sequence[str]) -> Any:
-        key = (Path(target).read_text(), *args)
-        if key not in _captured:
-            _captured[key] = models.captured(target, args)
-        return _captured[key]
-
-    monkeypatch.setattr(scanning, "captured", captured)
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**VALUES, architectures=["LlamaForCausalLM"]))
-
-
-def mixtral() -> Any:
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**VALUES, num_local_experts=4, num_experts_per_tok=2)
-    )
-
-
-def moved(model: Any, size: float = 1e-3) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += size * torch.randn(parameter.shape, generator=generator)
-    return model
-
-
-def pretrained(model: Any, path: Path) -> Path:
-    model.save_pretrained(path)
-    return path
-
-
-def sharded(model: Any, path: Path) -> Path:
-    model.save_pretrained(path, max_shard_size="10KB")
-    assert len(list(path.glob("*.safetensors"))) > 2
-    return path
-
-
-def pickled(model: Any, path: Path) -> Path:
-    path.mkdir()
-    state = {f"module._orig_mod.{key}": value for key, value in model.state_dict().items()}
-    trained = {"optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}, "step": 3, "args": {"lr": 1e-3}}
-    torch.save({"model": state, **trained}, path / "model.pt")
-    model.config.save_pretrained(path)
-    return path / "model.pt"
-
-
-def distributed(model: Any, path: Path) -> Path:
-    state = {"model": model.state_dict(), "ema": torch.zeros(5), "step": 3}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that there is one process, which is what is asked for
-        dcp.save(state, checkpoint_id=path, no_dist=True)
-    model.config.save_pretrained(path)
-    return path
-
-
-FORMATS = [pretrained, sharded, pickled, distributed]
-Save = Callable[[Any, Path], Path]
-
-
-def values(found: Scan) -> dict[tuple[str, str, int], np.ndarray[Any, Any]]:
-    return {
-        (scanned.site.id, metric, place): numbers
-        for scanned in found.sites
-        for states in (scanned.standing, scanned.changes)
-        for place, state in enumerate(states)
-        for metric, numbers in state.items()
-    }
+_once = pytest.fixture(autouse=True)(capture_each_model_once)
 
 
 def test_the_numbers_are_those_that_the_watch_stores(tmp_path: Path) -> None:
@@ -175,6 +100,40 @@ def test_every_format_says_the_same(tmp_path: Path, save: Save) -> None:
     for one in found.checkpoints:  # and no more was read than is needed
         assert one.read_keys == 2 * LAYERS
         assert one.read_bytes == 4 * LAYERS * HIDDEN * (HEADS + KV_HEADS) * HEAD_DIM
+
+
+def wide() -> Any:
+    """The same attentions, beside 16 MB that nothing here needs."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**VALUES | {"vocab_size": 1 << 16}, architectures=["LlamaForCausalLM"])
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not say what a process reads")
+@pytest.mark.parametrize("save", FORMATS)
+def test_little_more_than_the_needed_bytes_is_read_from_the_disk(tmp_path: Path, save: Save) -> None:
+    """What read calls bring, and the pages of mapped files that were touched: by the kernel's own count."""
+    path = save(wide(), tmp_path / "a")
+    files = [file for file in (tmp_path / "a").iterdir() if file.suffix in (".safetensors", ".pt", ".distcp")]
+    assert sum(file.stat().st_size for file in files) > 16e6
+    counts: list[tuple[int, int]] = []
+    for _ in range(2):  # the first imports what reads
+        before = called()
+        scan(path, progress=lambda done, of: counts.append((called(), mapped(tmp_path))) if done == of else None)
+    read, touched = counts[1][0] - before, counts[1][1]
+    assert 4 * LAYERS * HIDDEN * (HEADS + KV_HEADS) * HEAD_DIM <= read + touched < 1e6
+
+
+def called() -> int:
+    """Bytes that this process has had from calls that read."""
+    return int(re.findall(r"^rchar: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[0])
+
+
+def mapped(folder: Path) -> int:
+    """Bytes of the pages in memory of the files that are mapped from below ``folder``."""
+    entries = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)
+    ours = [entry for entry in entries if f" {folder}/" in entry.partition("\n")[0]]
+    return sum(1024 * int(re.findall(r"^Rss: +(\d+) kB", entry, re.MULTILINE)[0]) for entry in ours)
 
 
 def test_files_of_other_tensors_are_not_even_opened(tmp_path: Path) -> None:
@@ -238,167 +197,6 @@ def test_bfloat16_is_read_as_it_is(tmp_path: Path) -> None:
     for one, other in zip(found.sites, exact.sites, strict=True):
         for metric in ("attention/qk_norm", "attention/qk_stable_rank"):
             np.testing.assert_allclose(one.standing[0][metric], other.standing[0][metric], rtol=0.02)
-
-
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-def saved(tmp_path: Path, state: dict[str, Any], name: str = "x.pt") -> Path:
-    llama().config.save_pretrained(tmp_path)
-    torch.save(state, tmp_path / name)
-    return tmp_path / name
-
-
-def test_a_base_model_without_the_prefix(tmp_path: Path) -> None:
-    path = saved(tmp_path, llama().model.state_dict())
-    assert len(scan(path).sites) == LAYERS
-
-
-def test_two_models_in_one_checkpoint_are_told_apart_by_the_prefix(tmp_path: Path) -> None:
-    state = {"student": llama().state_dict(), "teacher": moved(llama()).state_dict()}
-    path = saved(tmp_path, state)
-    with pytest.raises(CheckpointError, match=r"could be any of .*student\..*teacher\..*--prefix"):
-        scan(path)
-    one, other = (values(scan(path, prefix=prefix)) for prefix in ("student.", "teacher"))
-    assert one.keys() == other.keys()
-    assert not np.array_equal(*(found[next(iter(one))] for found in (one, other)))
-
-
-def test_what_is_missing_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    state = llama().state_dict()
-    state["model.layers.1.self_attn.q_projection.weight"] = state.pop("model.layers.1.self_attn.q_proj.weight")
-    found = scan(saved(tmp_path, state))
-    assert [scanned.site.id for scanned in found.sites] == ["attention:model.layers.0.self_attn"]
-    [(site, reason)] = found.left_out.items()
-    assert site == "attention:model.layers.1.self_attn"
-    assert "model.layers.1.self_attn.q_proj.weight is not in the checkpoint (did you mean" in reason
-    with pytest.raises(CheckpointError, match=r"nothing can be read: .*q_proj.weight is not in the checkpoint"):
-        scan(saved(tmp_path, {"a": torch.zeros(2), "b": {"c": torch.zeros(2)}}))
-
-
-def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
-    state = {key: value.repeat(2, *[1] * (value.dim() - 1)) for key, value in llama().state_dict().items()}
-    with pytest.raises(
-        CheckpointError, match=r"of another model: .*q_proj.weight is \[64, 32\], the model's .*\[32, 32\]"
-    ):
-        scan(saved(tmp_path, state))
-
-
-class Own(nn.Module):
-    """An attention of two layers that share their weights, and a router beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 24, bias=False)
-        self.second = nn.Linear(8, 24, bias=False)
-        self.second.weight = self.first.weight
-        self.gate = nn.Linear(8, 4, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in (self.first, self.second):
-            q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in layer(x).chunk(3, -1))
-            x = x + functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        weights, chosen = self.gate(x).softmax(-1).topk(2, -1)
-        return x + torch.zeros_like(self.gate(x)).scatter(-1, chosen, weights).sum(-1, keepdim=True)
-
-
-def test_shared_weights_under_the_name_that_was_saved(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Own()
-    state = model.state_dict()
-    del state["first.weight"]
-    path = saved(tmp_path, state)
-    found = scan(path, (model, (torch.randn(2, 5, 8),)))
-    assert {scanned.site.kind for scanned in found.sites} == {"attention", "router"}
-    assert found.left_out == {}
-
-
-# -- what is broken ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("save", FORMATS)
-def test_weights_that_are_not_finite_are_reported_head_by_head(tmp_path: Path, save: Save) -> None:
-    model = llama()
-    with torch.no_grad():
-        model.model.layers[1].self_attn.q_proj.weight[HEAD_DIM, :3] = torch.nan  # of head 1
-    found = scan([save(llama(), tmp_path / "a"), save(model, tmp_path / "b")])
-    assert [len(one.not_finite) for one in found.checkpoints] == [0, 1]
-    assert found.checkpoints[1].not_finite == {"model.layers.1.self_attn.q_proj.weight": 3}
-    [table] = shown(found, 3)
-    assert table.rows[0][:3] == ["attention:model.layers.1.self_attn", "1", "nan"]
-    assert [row[2] for row in table.rows[1:]] != ["nan", "nan"]
-    own = found.sites[1].changes[0]["attention/delta2_norm"]
-    assert np.isnan(own).tolist() == [False, True, False, False]
-    assert any("holds 3 entries that are not finite" in line for line in told(found))
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-2000])
-
-
-def garbage(path: Path) -> None:
-    path.write_bytes(b"\x00" * 5000)
-
-
-@pytest.mark.parametrize("damage", [cut, garbage])
-@pytest.mark.parametrize("save", FORMATS)
-def test_a_damaged_checkpoint_is_one_clear_error(tmp_path: Path, save: Save, damage: Callable[[Path], None]) -> None:
-    path = save(moved(llama(), 0.1), tmp_path / "a")
-    for file in [path] if path.is_file() else path.iterdir():
-        if file.suffix in (".safetensors", ".distcp", ".pt"):
-            damage(file)
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
-        scan(path)
-
-
-def test_a_lost_shard_and_a_broken_index(tmp_path: Path) -> None:
-    path = sharded(llama(), tmp_path / "a")
-    index = path / "model.safetensors.index.json"
-    file = json.loads(index.read_text())["weight_map"]["model.layers.0.self_attn.q_proj.weight"]
-    (path / file).unlink()
-    with pytest.raises(CheckpointError, match=f"reading .*{file}: no whole checkpoint"):
-        scan(path)
-    index.write_text("{}")
-    with pytest.raises(CheckpointError, match=r"index.json: no whole checkpoint \(KeyError: 'weight_map'\)"):
-        scan(path)
-
-
-class Evil:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (print, ("it ran",))
-
-
-def test_nothing_that_a_file_holds_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import pickle
-
-    with pytest.raises(CheckpointError, match="more than tensors and plain values"):
-        scan(saved(tmp_path, {"model": llama().state_dict(), "more": Evil()}))
-    folder = distributed(llama(), tmp_path / "dcp")
-    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(CheckpointError, match=r"it asks for builtins.print"):
-        scan(folder)
-    assert "it ran" not in capsys.readouterr().out
-
-
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    for path, message in [("nowhere", "no such file"), ("empty", "holds none of")]:
-        with pytest.raises(CheckpointError, match=message):
-            scan(tmp_path / path, "config.json")
-    for name in ("a.pt", "b.pt"):
-        torch.save({}, tmp_path / name)
-    with pytest.raises(CheckpointError, match=r"several files \(a.pt, b.pt\); name one"):
-        scan(tmp_path, "config.json")
-    with pytest.raises(ConfigError, match="got none"):
-        scan([])
-    with pytest.raises(ConfigError, match=r"no config.json beside it; give its model with --model"):
-        scan(tmp_path / "a.pt")
-
-
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
-    state = {key: value.to(torch.float8_e4m3fn) for key, value in llama().state_dict().items()}
-    with pytest.raises(CheckpointError, match="stored as float8_e4m3fn, quantized"):
-        scan(saved(tmp_path, state))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

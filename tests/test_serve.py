@@ -96,9 +96,25 @@ def test_a_page_stands_for_a_while(server: Server, store: RunStore, monkeypatch:
     assert f'data-version="{version(server)}"' in first
 
 
-@pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example:{port}", "127.0.0.1", "", "localhost:1"]
-)
+REFUSED = [
+    "evil.example",
+    "evil.example:{port}",
+    "127.0.0.1.evil.example:{port}",
+    "localhost.evil.example",
+    "evil.localhost:1",
+    "",
+]
+REFUSED += [
+    "127.0.0.1@evil.example",
+    "127.0.0.1:80.evil.example",
+    "127.0.0.1:",
+    "127.0.0.10",
+    "localhost:8642,evil.example",
+    "[::1]",
+]
+
+
+@pytest.mark.parametrize("host", REFUSED)
 def test_another_host_is_refused(server: Server, host: str) -> None:
     for path in ("/", "/changes"):
         status, text, _ = ask(server, path, host=host.format(port=server.server_port))
@@ -106,8 +122,10 @@ def test_another_host_is_refused(server: Server, host: str) -> None:
         assert "layers" not in text
 
 
-def test_this_machine_by_name_is_answered(server: Server) -> None:
-    assert ask(server, "/changes", host=f"localhost:{server.server_port}")[0] == 200
+@pytest.mark.parametrize("host", ["localhost:{port}", "127.0.0.1:{port}", "localhost:9000", "127.0.0.1", "Localhost:1"])
+def test_this_machine_is_answered_by_any_port(server: Server, host: str) -> None:
+    """The near end of an SSH tunnel has a port of its own."""
+    assert ask(server, "/changes", host=host.format(port=server.server_port))[0] == 200
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ import numpy as np
 import pytest
 
 from foreshock.errors import ConfigError, RunError
-from foreshock.memory import MemoryStore
+from foreshock.memory import MemoryStore, RecentStore
 from foreshock.reader import open_run
 from foreshock.records import Alarm, Coverage, Reading
 from foreshock.store import COMPACT, RunStore
 
 Store = MemoryStore | RunStore
-MADE: dict[str, Callable[[Path], Store]] = {"memory": lambda path: MemoryStore(), "file": RunStore}
+MADE: dict[str, Callable[[Path], Store]] = {
+    "memory": lambda path: MemoryStore(),
+    "recent": lambda path: RecentStore(),
+    "file": RunStore,
+}
 
 
 @pytest.fixture(params=sorted(MADE))
@@ -246,3 +251,20 @@ def test_a_failed_transaction_leaves_no_half(tmp_path: Path) -> None:
     store.close()
     with open_run(tmp_path) as run:
         assert len(run.series("router/load")[0]) == 58
+
+
+def test_what_is_kept_for_a_rank_that_does_not_write_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Much more is written than is kept, and memory is held to what the bound says."""
+    monkeypatch.setattr("foreshock.memory.RECENT_BYTES", 2**20)
+    store, sites = RecentStore(), [f"attention:layers.{number}" for number in range(50)]
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for step in range(300):
+        store.write(step, [Reading("attention/q_rms", site, np.full(32, step)) for site in sites])
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert taken < 2 * 2**20
+    steps, values = store.series("attention/q_rms", sites[0])
+    assert steps.tolist() == list(range(300 - len(steps), 300))
+    assert 20 < len(steps) < 60
+    assert (values == steps[:, None]).all()

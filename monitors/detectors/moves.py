@@ -1,9 +1,10 @@
 """Weights of one head or router that jump, or stand still, while all others go on as before.
 
 A bit that flips in a weight or in its optimizer state moves one head by many times what it usually moves; a learning rate moves
-all of them alike. So a head's step is compared with its own before it and with the median of all heads' at the same time.
+all of them alike. So a head's step is compared with its own before it and with the median of all heads' at the same time. A rare
+batch moves a head of a converged model as far, but in all of its entries: a jump counts where most of it is in one.
 
-Shapes: N values of one step, over sites, queries and keys.
+Shapes: N values of one step, over sites, queries and keys; M of their peaks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from foreshock.monitors.detectors.sheet import Places, Sheet
+from foreshock.monitors.detectors.sheet import Layout, Places, Sheet
 from foreshock.monitors.finding import Finding, together
 from foreshock.monitors.rates import learning_rate
 from foreshock.records import Array, Reading, Site
@@ -22,6 +23,8 @@ from foreshock.records import Array, Reading, Site
 INCREMENTS = ("attention/dwq_norm", "attention/dwk_norm")
 NORM = "router/row_norm_max"
 JUMP = 4.0  # times the step before and the median of all heads: healthy heads reached 1.5, under a broken kernel 2.4 (docs/log.md)
+PEAKS = {"attention/dwq_norm": "attention/dwq_peak", "attention/dwk_norm": "attention/dwk_peak"}
+ALONE = 0.5  # of the norm of a jump, in one entry: 0.97 and more where one entry made it fourfold, 0.34 at most where a batch did
 GROWN = 6.0  # times the norm one sample before: healthy routers reached 1.02, under a hundredfold learning rate 2.6
 REACH = 3  # samples of the learning rate that an increment can reach back to
 HEADS = 4  # fewer have no median to be compared with
@@ -32,7 +35,7 @@ class Moves:
     """One finding for the head of each site that jumped at this sample, and one for each site where heads stand still."""
 
     def __init__(self) -> None:
-        self._increments, self._norms = Memory(INCREMENTS), Memory((NORM,))
+        self._increments, self._norms, self._peaks = Memory(INCREMENTS), Memory((NORM,)), Sheet(PEAKS.values())
         self._rates: deque[float] = deque([1.0], maxlen=REACH)
 
     def update(self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site]) -> list[Finding]:
@@ -42,7 +45,9 @@ class Moves:
         heads = self._increments
         heads.take(step, readings)
         limit = JUMP * max(heads.usual(), self._raised())
-        found = heads.findings(step, heads.ratio / limit, "about {:.3g} as before, and its like elsewhere", +1)
+        spread = heads.beside(*self._peaks.read(readings), PEAKS) < ALONE  # not where it was not read
+        jumped = np.where(spread, 0.0, heads.ratio / limit)
+        found = heads.findings(step, jumped, "about {:.3g} as before, and its like elsewhere", +1)
         if self._rates[-1] > 0:
             found += heads.findings(
                 step, np.where(heads.stopped(), 2.0, 0.0), "above zero, as before: the optimizer steps", -1
@@ -96,6 +101,11 @@ class Memory:
             self.moved + (self.x > 0),
             np.where(self.x == 0, still + 1, 0),
         ]
+
+    def beside(self, layout: Layout, values_M: Array, names: Mapping[str, str]) -> Array:
+        """The values of other series at the same heads, ``[N]``; NaN where there are none. ``names`` says which goes with which."""
+        keys = [(names[metric], site) for metric, site in self._layout.keys]
+        return np.asarray(np.append(values_M, np.nan)[layout.places(keys, self._layout.lengths_R)])
 
     def usual(self) -> float:
         """The median ratio of all heads, of each the last one known; infinite where they are too few to tell."""

@@ -12,14 +12,20 @@ from foreshock.errors import ForeshockError
 from foreshock.monitors.metrics import metric
 from foreshock.monitors.sinks.optional import needed
 from foreshock.monitors.sinks.selection import Point, Selection
+from foreshock.monitors.sinks.tally import COUNTS, MISSING, NONFINITE
 from foreshock.records import Alarm, Reading
 
 PORT = 9844
+_COUNTED = {
+    NONFINITE: "numbers so far that were infinite, or NaN where they must be finite",
+    MISSING: "NaN so far, not available",
+}
 
 
 class PrometheusSink:
     """``http://127.0.0.1:9844/metrics``: a gauge a metric (``foreshock_attention_entropy_norm{site, part}``), ``foreshock_step``,
-    and ``foreshock_alarms_total{mechanism, severity, site}`` with ``foreshock_last_alarm_step``.
+    and ``foreshock_alarms_total{mechanism, severity, site}`` with ``foreshock_last_alarm_step``. Values are the newest; what was
+    not finite between two scrapes stays in ``foreshock_nonfinite_total{metric, site}`` and ``foreshock_missing_total``.
 
     It answers this machine alone unless ``address`` says otherwise: nobody is asked who they are. The port is taken with the
     first reading; 0 takes a free one, which ``port`` then says. ``metrics`` and ``each`` are those of `Selection`.
@@ -72,8 +78,14 @@ class PrometheusSink:
         core = self._core
         with self._lock:
             points, step, alarms, last = list(self._points.values()), self._step, dict(self._alarms), dict(self._last)
-        families: dict[str, Any] = {}
+        families: dict[str, Any] = {
+            part: core.CounterMetricFamily(f"foreshock_{part}", told, labels=("metric", "site"))
+            for part, told in _COUNTED.items()
+        }
         for point in points:
+            if point.part in COUNTS:
+                families[point.part].add_metric((point.metric, point.site or ""), point.value)
+                continue
             name = _name(point.metric)
             if name not in families:
                 families[name] = core.GaugeMetricFamily(name, _formula(point.metric), labels=("site", "part"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from foreshock.errors import RunError
+from foreshock.monitors.sinks.selection import Selection
 from foreshock.records import Alarm, Reading
 
 MOST_WAITING = 256  # sampled steps
@@ -22,12 +23,14 @@ class QueuedSink:
     ``_finish``; all of that runs on one thread, in the order in which it came.
 
     What fails there is raised by the next call, where the watch reports it, and the next step is tried again. Where more than
-    `MOST_WAITING` steps wait, the oldest readings are left out, which is reported likewise; alarms never are.
+    `MOST_WAITING` steps wait, the oldest readings are left out, which is reported likewise; alarms never are. ``selection.points``
+    makes curves of readings, and counts what is not finite, also in those left out.
     """
 
     patience = PATIENCE
 
     def __init__(self) -> None:
+        self.selection = Selection()
         self._waiting: deque[Alarm | tuple[int, Sequence[Reading]]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -87,6 +90,7 @@ class QueuedSink:
         if len(readings) > MOST_WAITING:
             self._waiting.remove(readings[0])
             self._left_out += 1
+            self.selection.skip(readings[0][1])
 
     def _start(self) -> None:
         self._thread = threading.Thread(target=self._work, name=f"foreshock {self}", daemon=True)

@@ -14,6 +14,7 @@ import numpy as np
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.monitors.metrics import metric as known
 from foreshock.monitors.policy import LAWS, LIMITS, TRENDS
+from foreshock.monitors.sinks.tally import COUNTS, Tally
 from foreshock.records import Array, Reading
 
 FOLDS = ("min", "mean", "max")
@@ -35,8 +36,8 @@ DEFAULT = (*JUDGED, "law/bias_site_t", "router/z", "optim/*", "run/*")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One number for one curve. ``part`` is "min", "mean" or "max" over a vector, the index of one entry, "missing" for how many
-    entries are NaN, or "" for a metric that is one number."""
+    """One number for one curve. ``part`` is "min", "mean" or "max" over a vector, the index of one entry, "" for a metric that is
+    one number, or one of the counts of a `Tally`, "nonfinite" or "missing"."""
 
     metric: str
     site: str | None
@@ -45,7 +46,12 @@ class Point:
 
     @property
     def name(self) -> str:
-        """``attention.entropy_norm/attention:layers.0/min``: dashboards make a group of what stands before the first slash."""
+        """``attention.entropy_norm/attention:layers.0/min``: dashboards make a group of what stands before the first slash.
+
+        Counts are a group of their own, ``nonfinite/run/loss``: below the name of a number MLflow's files have no room for another.
+        """
+        if self.part in COUNTS:
+            return "/".join((self.part, Point(self.metric, self.site, "", self.value).name))
         if self.site is None:
             return "/".join(filter(None, (self.metric, self.part)))
         return "/".join(filter(None, (self.metric.replace("/", "."), self.site, self.part)))
@@ -54,8 +60,8 @@ class Point:
 class Selection:
     """The series that ``metrics`` (globs over names, None: `DEFAULT` and whatever metric is the user's own) lets through.
 
-    A vector becomes its folds: those that are judged, of others min, mean and max; ``each``: one point an entry instead. NaN is
-    "not available": folds are over the other entries, and "missing" counts it where it happens. Infinity stays what it is.
+    A vector becomes its folds: those that are judged, of others min, mean and max; ``each``: one point an entry instead. Folds are
+    over the entries that are not NaN. Once a number of a series was not finite, its counts go out beside it (`Tally`).
     """
 
     def __init__(self, metrics: Sequence[str] | None = None, each: bool = False) -> None:
@@ -64,7 +70,7 @@ class Selection:
         self.globs = None if metrics is None else tuple(metrics)
         self.each = each
         self._verdicts: dict[str, bool] = {}
-        self._missing: set[tuple[str, str | None]] = set()
+        self._tally = Tally()
 
     def wants(self, metric: str) -> bool:
         """Whether a series of this name goes out."""
@@ -80,24 +86,26 @@ class Selection:
             if self.wants(reading.metric):
                 yield from self._points(reading)
 
+    def skip(self, readings: Sequence[Reading]) -> None:
+        """These do not go out; what of them is not finite is counted all the same."""
+        for reading in readings:
+            if self.wants(reading.metric):
+                self._tally.add(reading)
+
     def _points(self, reading: Reading) -> Iterator[Point]:
         metric, site, values = reading.metric, reading.site, reading.values
         if values.size == 1:
             yield Point(metric, site, "", float(values[0]))
-            return
-        if self.each:
+        elif self.each:
             yield from (Point(metric, site, str(index), float(value)) for index, value in enumerate(values))
-            return
-        available = values[~np.isnan(values)]
-        for fold in JUDGED.get(metric, FOLDS):
-            yield Point(metric, site, fold, _folded(fold, available))
-        missing, key = values.size - available.size, (metric, site)
-        if missing or key in self._missing:  # once it has happened, its end is told as well
-            self._missing.add(key)
-            yield Point(metric, site, "missing", float(missing))
+        else:
+            yield from (Point(metric, site, fold, folded(fold, values)) for fold in JUDGED.get(metric, FOLDS))
+        yield from (Point(metric, site, part, float(count)) for part, count in self._tally.add(reading).items())
 
 
-def _folded(fold: str, available: Array) -> float:
+def folded(fold: str, values: Array) -> float:
+    """``fold`` ("min", "mean" or "max") over what of ``values`` is not NaN; NaN where that is nothing."""
+    available = values[~np.isnan(values)]
     if not available.size:
         return float("nan")
     with np.errstate(invalid="ignore"):  # the mean of infinities of both signs

@@ -16,10 +16,11 @@ STEP = "foreshock/step"
 class WandbSink(QueuedSink):
     """Curves by `Point.name` over ``foreshock/step``, and each alarm as an alert; NaN and infinity as they are.
 
-    With ``run`` (``wandb.run``, say) the numbers join the script's own rows: they never begin a row, for a row of ours would
-    move the step that the script counts, and W&B drops what is logged at an earlier one. So the curves have a point a row of the
-    script's; the run folder has all. Without ``run`` a run is begun with the first reading, ``wandb.init(project=project,
-    **init)``, and finished in the end. ``metrics`` and ``each`` are those of `Selection`.
+    With ``run`` (``wandb.run``, say) the numbers join the script's own rows: they never begin a row, for a row of ours would move
+    the step that the script counts, and W&B drops what is logged at an earlier one. So the curves have a point a row of the
+    script's; the run folder has all, and the counts of what was not finite lose none. Without ``run`` a run is begun with the
+    first reading, ``wandb.init(project=project, **init)``, and finished in the end. ``metrics`` and ``each`` are those of
+    `Selection`.
     """
 
     def __init__(

@@ -254,9 +254,22 @@ def job_store() -> Any:
     return store
 
 
+def allow(group: Any, seconds: float) -> None:
+    """Let what goes through ``group``, on gloo, take so long from now on. Checked on 2.13."""
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+
+    _set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def in_backward() -> bool:
     """Whether this thread is inside a backward pass. Checked on 2.13."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def is_capturing() -> bool:
+    """Whether this thread's CUDA stream is being captured into a graph: `torch.cuda.graph` around a training step, say. Where CUDA
+    was never used this is a look at a flag."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def random_state(device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -88,12 +88,13 @@ class Acting:
         if failure is not None:
             raise failure
 
-    def after_step(self, step: int) -> None:
-        """An optimizer step is over on this rank: do what all ranks do now. Raises AlarmRaised."""
+    def after_step(self, step: int, looks: bool) -> None:
+        """An optimizer step is over on this rank: do what all ranks do now. ``looks``: others may hear what this one does not.
+        Raises AlarmRaised."""
         if self._agreement is None or step == self._step or not is_shared():
             return
         self._step = step
-        alarm = self._agreement.reached(step)
+        alarm = self._agreement.reached(step, looks)
         if alarm is not None:
             self._note(alarm)
             if "stop" in self.row:

@@ -62,9 +62,10 @@ class Agreement:
             self._heard = self._heard or alarm
             self._ask(step)
 
-    def reached(self, step: int) -> Alarm | None:
-        """Call once a step is over: the alarm that all ranks act on now, if there is one."""
-        if self._agreed is None and step % self._every == 0:
+    def reached(self, step: int, looks: bool) -> Alarm | None:
+        """Call once a step is over: the alarm that all ranks act on now, if there is one. ``looks``: whether others may have heard
+        one that this rank does not hear, so that the store is asked."""
+        if self._agreed is None and step % self._every == 0 and (looks or self._heard is not None):
             self._ask(step)
         if self._agreed is None or step < self._agreed[0]:
             return None

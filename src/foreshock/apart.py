@@ -52,6 +52,22 @@ class Apart:
         self._centres: dict[Where, Array] = {}  # of the ranks' readings, at the flush before
         self._heard: dict[tuple[str, str | None], deque[tuple[float, float, int]]] = {}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the ranks were, and who stood how far from there."""
+        return {
+            "centres": [[*where, values.tolist()] for where, values in self._centres.items()],
+            "heard": [[*key, [list(one) for one in kept]] for key, kept in self._heard.items()],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`, among as many ranks."""
+        self._centres = {(site, number): np.array(values, float) for site, number, values in state["centres"]}
+        self._heard = {(m, site): deque(map(tuple, kept), maxlen=WINDOW) for m, site, kept in state["heard"]}
+
+    def forget(self) -> None:
+        """Ranks have other numbers from now on."""
+        self._heard.clear()
+
     def tell(self, where: Where, own: Array) -> tuple[Array, Array]:
         """For the vector that is added ``[3 n]``, and for the one that is compared ``[n]``: of ``own`` readings ``[n]``, folded."""
         centre = self._centres.get(where, np.full(len(own), np.nan))

@@ -23,29 +23,29 @@ class AroundSteps:
 
     def _before(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         watch = self._watch
-        if watch.closed:
+        if watch.closed or _torch.is_capturing():  # what is captured has not run
             return
         try:
-            if not watch.clock.concerns(optimizer, watch.instances.parameter_ids):
+            if not watch.clock.concerns(optimizer, watch.instances.parameter_ids) or watch.clock.idles(optimizer):
                 return
             if watch.ranks.are_one():
                 watch.ranks.exchange()
-            if watch.collector.steps and watch.is_sampled(watch.clock.forward_step):
+            if watch.collector.steps and watch.ranks.given_up is None and watch.is_sampled(watch.clock.forward_step):
                 watch.collector.before_optimizer(optimizer)
         except Exception as error:
             watch.fail("reading the optimizer", error)
 
     def _after(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         watch = self._watch
-        if watch.closed:
+        if watch.closed or _torch.is_capturing():  # what is captured has not run
             return
         try:
             watch.masters.met(optimizer)
             if not watch.clock.concerns(optimizer, watch.instances.parameter_ids) or watch.clock.idles(optimizer):
                 return
-            if watch.is_sampled(watch.clock.forward_step):
+            if watch.ranks.given_up is None and watch.is_sampled(watch.clock.forward_step):
                 watch.collector.optimizer(watch.clock.forward_step, optimizer)
         except Exception as error:
             watch.fail("reading the optimizer", error)
         watch.clock.tick(optimizer)
-        watch.acting.after_step(watch.clock.step)
+        watch.acting.after_step(watch.clock.step, looks=not watch.ranks.hears_all())

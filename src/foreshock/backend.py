@@ -119,6 +119,7 @@ class Backend:
             wants_sample=watch.begin_forward,
             deliver=watch.deliver,
             fail=watch.fail,
+            note=watch.note_unmatched,
             step=lambda: watch.clock.step,
             rows=watch.rows,
         )

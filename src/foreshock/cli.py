@@ -16,8 +16,8 @@ from foreshock.printing import print_alarms, print_comparison, print_coverage, p
 
 EXIT_CODES = (
     "Exit codes: 0 all went well; 1 something was found (doctor: a problem, scan: weights that are not finite, "
-    "demo: a fault that was not heard); 2 a mistake in the command, the settings or the files. "
-    "run and sites SCRIPT end with the script's own."
+    "demo: a fault that was not heard); 2 a mistake in the command, the settings or the files; "
+    "130 Ctrl-C. run and sites SCRIPT end with the script's own."
 )
 app = typer.Typer(
     help="Early warning for large-model training.",
@@ -91,7 +91,7 @@ def run(
     from foreshock.run import launch, speaks
 
     outcome = launch(
-        script, args or [], module=module, compile_eager=compile_eager, run=run, every=every, strict=strict
+        script, args or [], module=module, compile_eager=compile_eager, run=run, every=every, strict=strict, last=True
     )
     for line in outcome.summary() if speaks(outcome) else ():
         print("foreshock:", line, file=sys.stderr)
@@ -156,10 +156,13 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about RUN."""
     from foreshock.monitors.report import write_report
+    from foreshock.progress import spinner
     from foreshock.reader import open_run
 
     with open_run(run) as opened:
-        print(write_report(opened, output or opened.path.with_name("report.html")))
+        with spinner(f"drawing {run}"):
+            written = write_report(opened, output or opened.path.with_name("report.html"))
+        print(written)
 
 
 @app.command()
@@ -168,17 +171,26 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print the view once and end.")] = False,
     web: Annotated[bool, typer.Option("--web", help="Serve the report, and what changes in it, on 127.0.0.1.")] = False,
     port: Annotated[int | None, typer.Option(metavar="N", help="For --web; 0 takes any.", min=0, max=65535)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --once: print JSON.")] = False,
 ) -> None:
     """Follow RUN while it is written: verdict, alarms, what stands nearest to its limit, cost. q or Ctrl-C ends it.
 
     Only the run folder is read, so this may start, end or fail without the training ever noticing.
     """
+    if as_json and (web or not once):
+        raise typer.BadParameter("it goes with --once", param_hint="--json")
     if web:
         from foreshock.serve import PORT, serve
 
         raise typer.Exit(serve(run, PORT if port is None else port))
     if port is not None:
         raise typer.BadParameter("it goes with --web", param_hint="--port")
+    if as_json:
+        from foreshock.following import Following
+        from foreshock.live_view import snapshot
+
+        print_json(Following(run).look(snapshot).to_json())
+        return
     from foreshock.live import watch
 
     raise typer.Exit(watch(run, once=once))
@@ -206,6 +218,7 @@ def compare(
 ) -> None:
     """Say since when, where and how far RUN, the last one named, differs from HEALTHY references."""
     from foreshock.monitors.compare import compare as compared
+    from foreshock.progress import spinner
     from foreshock.reader import open_run
     from foreshock.rejudge import rejudge
 
@@ -215,7 +228,9 @@ def compare(
         )
     with ExitStack() as stack:
         *others, opened = [stack.enter_context(open_run(path)) for path in runs]
+        now = stack.enter_context(spinner(f"comparing {runs[-1]}"))
         comparison = compared(opened, others, align=align)
+        now(f"judging {runs[-1]} again")
         alarms = rejudge(opened, baseline=others, align=align)
     if as_json:
         print_json(comparison.to_json() | {"alarms": [alarm.to_json() for alarm in alarms]})

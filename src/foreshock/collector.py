@@ -5,46 +5,33 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from foreshock.config import FAMILIES
 from foreshock.cost import ACTIONS, AROUND, LOGGED, SAMPLING, SPECTRA, Costs
-from foreshock.errors import ConfigError, ForeshockError
+from foreshock.ended import MOST_UNDER_WAY, Ended, logged
+from foreshock.errors import ConfigError
 from foreshock.gradients import Gradients, with_gradient_norm
 from foreshock.instances import Instance, Instances
-from foreshock.memory import MemoryStore
+from foreshock.kept import Store, Wanted
+from foreshock.memory import MemoryStore, RecentStore
 from foreshock.merging import Merging
-from foreshock.monitors.metrics import family
+from foreshock.pending import rounded
 from foreshock.records import Alarm, Array, Coverage, Reading, Site
 from foreshock.runtime import Merged, Sample, merged
 from foreshock.shards import Local, Loose
+from foreshock.transfer import Later, Transfers
 
 # A step of 100 layers compiled by themselves and 200 microbatches; without optimizer steps samples would pile up.
 MOST_SAMPLES = 20_000
 PATIENCE = 30.0  # seconds that a question waits for another thread which works off a step
 RECORDED = 15.0  # seconds after which a running job tells its ledger and its cost anew
 UNWRITTEN = 64  # steps with logged numbers alone, before they are written down
-Key = tuple[str, str | None]
 Fail = Callable[[str, Exception], None]
-
-
-class Store(Protocol):
-    """Where readings are kept: a run folder, or memory."""
-
-    def write(self, step: int, readings: Sequence[Reading]) -> None: ...
-    def rewind(self, step: int) -> None: ...
-    def alarm(self, alarm: Alarm) -> None: ...
-    def coverage(self, coverage: Coverage) -> None: ...
-    def meta(self, **values: Any) -> None: ...
-    def flush(self, now: bool = ...) -> None: ...
-    def troubles(self) -> list[tuple[str, Exception]]: ...
-    def close(self) -> None: ...
-    def series(self, metric: str, site: str | None = None) -> tuple[Array, Array]: ...
-    def metrics(self) -> list[str]: ...
 
 
 class Collector:
@@ -78,16 +65,19 @@ class Collector:
         self.working = threading.RLock()
         self._unwritten, self._told, self._recorded = 0, told, -math.inf
         self._samples: list[Sample] = []
+        self._ended: deque[Ended] = deque()
+        self._transfers = Transfers()
         self._trained: set[Instance] = set()
         self._scalars: list[tuple[int, str, Any]] = []
         self.gradients = Gradients()
         self._weighed = -1
-        self._verdicts: dict[str, bool] = {}  # by metric, whether its family is recorded
-        self._unjudged: dict[tuple[str, str | None], Reading] = {}  # of the weights, since the last judged step
+        self._wanted = Wanted(self.families)
+        self._unjudged: dict[tuple[int, str, str | None], Reading] = {}  # of the weights, since the last judged step
         self.merging: Merging | None = None  # where the job has several ranks
         self._loose: dict[tuple[int, str, str | None], Array] = {}  # since the last flush, by step, metric and site
         self._hushed: list[Any] = []  # sinks, while another rank speaks
-        self._resumed = 0  # the step at which training went on
+        self._resumed: int | None = None  # the step from which on a run that goes on is recorded
+        self.aside = False  # whether nothing more is taken
 
     @property
     def trained(self) -> set[Instance]:
@@ -105,6 +95,8 @@ class Collector:
         self._arrive(self._scalars, (step, name, value.detach() if isinstance(value, torch.Tensor) else value))
 
     def _arrive(self, waiting: list[Any], what: Any) -> None:
+        if self.aside:
+            return
         with self._arriving:
             full = len(waiting) >= MOST_SAMPLES
             if full:
@@ -132,7 +124,7 @@ class Collector:
 
         What they say is stored at its own step, and judged with the next sampled one.
         """
-        if step <= self._weighed or not self.each_step:
+        if step <= self._weighed or not self.each_step or self.aside:
             return
         self._weighed = step
         with self.costs.of(SPECTRA):
@@ -150,36 +142,33 @@ class Collector:
             self.note(step, readings)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was weighed and not judged yet, and the alarms so far; no sample of the step under way."""
-        unjudged = [[*key, reading.values.tolist()] for key, reading in self._unjudged.items()]
-        for at in sorted({at for at, _, _ in self._scalars if at <= self._weighed}) if self.merging is not None else ():
-            self._loose |= {(at, r.metric, r.site): r.values for r in self._logged(at)}
-        loose = [[*key, values.tolist()] for key, values in self._loose.items()]
-        return {
-            "weighed": self._weighed,
-            "unjudged": unjudged,
-            "loose": loose,
-            "alarms": [a.to_json() for a in self.alarms],
-        }
+        """What was weighed and not judged yet, and the alarms so far; no sample, and nothing that waits for other ranks."""
+        unjudged = [[metric, site, r.values.tolist()] for (_, metric, site), r in self._unjudged.items()]
+        return {"weighed": self._weighed, "unjudged": unjudged, "alarms": [a.to_json() for a in self.alarms]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._weighed = state["weighed"]
         self.alarms = [Alarm.from_json(alarm) for alarm in state["alarms"]]
         found = [Reading(metric, site, np.array(values)) for metric, site, values in state["unjudged"]]
-        self._unjudged = {(reading.metric, reading.site): reading for reading in found}
-        self._loose = {(at, metric, site): np.array(values) for at, metric, site, values in state.get("loose", ())}
+        self._unjudged = {(self._weighed, reading.metric, reading.site): reading for reading in found}
 
-    def rewind(self, step: int) -> None:
-        """Training goes on at ``step``: what is under way is dropped, and what was recorded of that step and later, if any."""
+    def rewind(self, step: int, recorded: int) -> None:
+        """Training goes on at ``step``: what is under way is dropped, and what was recorded of the step ``recorded`` and later, if
+        any: before that one all was recorded when the state was saved."""
+        self.drop()
+        self._resumed = recorded if step > 0 else None
+        if self._resumed is not None:
+            self.alarms = [alarm for alarm in self.alarms if alarm.step < recorded]
+            self._guarded("writing to the store", self.store.rewind, recorded)
+
+    def drop(self) -> None:
+        """Let go of what is under way."""
         with self._arriving:
             self._samples.clear()
             self._scalars.clear()
+        self._ended.clear()
         self.gradients.clear()
         self._loose.clear()
-        self._resumed = step
-        if step > 0:
-            self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
-            self._guarded("writing to the store", self.store.rewind, step)
 
     def catch_up(self, step: int, weigh: Callable[[int], None], *, wait: bool, upto: int | None = None) -> None:
         """``weigh`` the step before ``step`` and `finish` up to it, or to ``upto``. Another thread that is at it is waited for only
@@ -187,20 +176,33 @@ class Collector:
         if self.working.acquire(timeout=PATIENCE if wait else 0):
             try:
                 weigh(step - 1)
-                self.finish(step if upto is None else upto)
+                self.finish(step if upto is None else upto, wait)
             finally:
                 self.working.release()
 
-    def finish(self, upto: int) -> None:
-        """Work off every step before ``upto``, unless all ranks do it together."""
-        if self.merging is not None or not (self._samples or self._scalars):
+    def finish(self, upto: int, wait: bool = True) -> None:
+        """Work off every step before ``upto``, unless all ranks do it together; without ``wait`` those of which all has arrived."""
+        if self.merging is not None or not (self._samples or self._scalars or self._ended):
             return
         with self._arriving:
-            sampled, logged = {s.step for s in self._samples}, {step for step, _, _ in self._scalars}
-        for step in sorted(sampled | logged):
+            sampled, others = {s.step for s in self._samples}, {step for step, _, _ in self._scalars}
+        for step in sorted(sampled | others):
             if step < upto:
-                with self.costs.of(SAMPLING if step in sampled else LOGGED):
-                    self._finish_step(step)
+                part = SAMPLING if step in sampled else LOGGED
+                with self.costs.of(part):
+                    found, samples = self._logged(step), self._samples_of(step)
+                    beside = self._beside(step) if samples else []
+                    self._ended.append(Ended(step, part, samples, found, beside))
+                self._work_off(wait)
+        self._work_off(wait)
+
+    def _work_off(self, wait: bool) -> None:
+        while self._ended and (wait or len(self._ended) > MOST_UNDER_WAY or self._ended[0].has_arrived()):
+            ended = self._ended.popleft()
+            if not ended.has_arrived():
+                self.costs.settle()
+            with self.costs.of(ended.part):
+                self._finish_step(ended)
 
     def record(self, now: bool = True) -> None:
         """Write down what was worked off, with the ledger and facts about the run: ``now``, or if that is some time ago."""
@@ -227,35 +229,39 @@ class Collector:
     def local(self, step: int) -> Local:
         """What this rank measured up to ``step`` and has not told yet."""
         samples = self._samples_of(step)
-        for at in sorted({at for at, _, _ in self._scalars if at <= step}):
-            self._loose |= {(at, r.metric, r.site): r.values for r in self._logged(at)}
         sums: Merged = {}
         if samples:
             self.costs.settle()
             sums = self._charged("merging samples", merged, samples) or {}
-            beside = self._charged("merging samples", self._beside, step) or []
-            self._loose |= {(step, r.metric, r.site): r.values for r in beside}
-        loose: dict[Loose, Array] = {(m, site, step - at): x for (at, m, site), x in self._loose.items() if at <= step}
+            beside = self._beside(step)
+            self._loose |= {(step, r.metric, r.site): r.values for later in beside for r in later()}
+        loose = self.loose(step)
         self._loose = {key: values for key, values in self._loose.items() if key[0] > step}
         return Local(step, sums, loose)
+
+    def loose(self, step: int) -> dict[Loose, Array]:
+        """What waits to be told of steps up to ``step``, but for samples."""
+        for at in sorted({at for at, _, _ in self._scalars if at <= step}):
+            self._loose |= {(at, r.metric, r.site): r.values for r in self._logged(at)()}
+        return {(m, site, step - at): x for (at, m, site), x in self._loose.items() if at <= step}
 
     def note(self, step: int, readings: Sequence[Reading]) -> None:
         """Store what was read at a step that is not judged; of the weights it is judged with the next that is."""
         kept = [reading for reading in rounded(readings) if self._wanted(reading.metric)]
-        self._unjudged |= {(r.metric, r.site): r for r in kept if r.site is not None}
+        self._unjudged |= {(step, r.metric, r.site): r for r in kept if r.site is not None}
         self._write(step, kept)
         for sink in self.sinks:
             self._guarded(f"sink {type(sink).__name__}", sink.readings, step, kept)
 
     def hush(self) -> None:
         """Another rank writes and speaks for this one."""
-        self.store, self.sinks, self._hushed = MemoryStore(), [], self.sinks
+        self.store, self.sinks, self._hushed = RecentStore(), [], self.sinks
 
     def part(self, store: Store) -> None:
         """This rank speaks for itself and writes to ``store``: it has told the others nothing yet, and will not."""
         self._guarded("writing to the store", self.store.close)
         self.merging, self.store, self.sinks, self._hushed = None, store, [*self.sinks, *self._hushed], []
-        if self._resumed:
+        if self._resumed is not None:
             self._guarded("writing to the store", store.rewind, self._resumed)
         self.keep()
 
@@ -270,38 +276,33 @@ class Collector:
         step: int,
         readings: Sequence[Reading],
         sites: Mapping[str, Site],
-        ranks: Mapping[Key, Array] | None = None,
+        placed: Callable[[Alarm], Alarm] = lambda alarm: alarm,
     ) -> None:
-        """Derive, store and judge a step's readings. ``ranks``: where the worst of each was."""
+        """Derive, store and judge a step's readings. ``placed(alarm)`` says of which rank it is."""
         readings = rounded(with_gradient_norm(readings))
         for law in self.derived:
             readings += self._asked(law, step, readings, sites)
         readings = [reading for reading in readings if self._wanted(reading.metric)]
         self._write(step, readings)
-        self._judge(step, readings, sites, ranks or {})
+        self._judge(step, readings, sites, placed)
         self.record(now=False)
 
-    def _finish_step(self, step: int) -> None:
-        readings, training = self._logged(step), self._samples_of(step)
-        if training:
-            self.costs.settle()
-            readings += self._charged("merging samples", self._measure, step, training) or []
-            self.conclude(step, readings, {site.id: site for site in self._sites()})
+    def _finish_step(self, ended: Ended) -> None:
+        readings = rounded(ended.logged())
+        if ended.samples:
+            readings += self._charged("merging samples", self._measure, ended) or []
+            self.conclude(ended.step, readings, {site.id: site for site in self._sites()})
             return
-        self._write(step, readings)
+        self._write(ended.step, readings)
         self._unwritten += 1
         if self._unwritten >= UNWRITTEN:
             self.flush(now=False)
 
-    def _logged(self, step: int) -> list[Reading]:
+    def _logged(self, step: int) -> Later[list[Reading]]:
         with self._arriving:
             scalars = [(name, value) for at, name, value in self._scalars if at == step]
             self._scalars[:] = [entry for entry in self._scalars if entry[0] != step]
-        readings = []
-        for name, value in scalars:
-            number = self._guarded(f"reading the logged `{name}`", float, value)
-            readings += [] if number is None else rounded([Reading(f"run/{name}", None, np.array([number]))])
-        return readings
+        return logged(scalars, self._transfers, lambda name, x: self._guarded(f"reading the logged `{name}`", float, x))
 
     def _samples_of(self, step: int) -> list[Sample]:
         """The training samples of ``step``; all of its samples are let go."""
@@ -311,16 +312,26 @@ class Collector:
         self._trained.update(*(s.instances for s in found))
         return found
 
-    def _measure(self, step: int, samples: Sequence[Sample]) -> list[Reading]:
-        readings = [r for instance, sums in merged(samples).items() for r in self.finished(instance, sums)]
-        return [*readings, *self._beside(step)]
+    def _measure(self, ended: Ended) -> list[Reading]:
+        readings = [r for instance, sums in merged(ended.samples).items() for r in self.finished(instance, sums)]
+        return [*readings, *(r for later in ended.beside for r in later())]
 
-    def _beside(self, step: int) -> list[Reading]:
-        """What is read once a step, of the optimizer and of the weights."""
-        readings = self.gradients.readings(step, None if self.merging is None else self.merging.world)
-        for monitor in self.weights:
-            readings += self._asked(monitor, step, self._sites())
-        return readings
+    def _beside(self, step: int) -> list[Later[list[Reading]]]:
+        """What is read once a step, of the optimizer and of the weights as they are now."""
+        ranks = None if self.merging is None else self.merging.world
+        asked = [self._asked_later(monitor, step) for monitor in self.weights]
+        return [self._begun("merging samples", self.gradients.readings_later, step, ranks), *asked]
+
+    def _asked_later(self, monitor: Any, step: int) -> Later[list[Reading]]:
+        if not hasattr(monitor, "update_later"):
+            readings = self._asked(monitor, step, self._sites())
+            return Later((), lambda: readings)
+        later = self._begun(f"monitor {type(monitor).__name__}", monitor.update_later, step, self._sites())
+        return Later(later.packets, lambda: rounded(later()))
+
+    def _begun(self, what: str, begin: Callable[..., Later[list[Reading]]], *args: Any) -> Later[list[Reading]]:
+        later: Later[list[Reading]] = self._charged(what, begin, *args) or Later((), list)
+        return Later(later.packets, lambda: self._charged(what, later) or [])
 
     def _write(self, step: int, readings: Sequence[Reading]) -> None:
         self._charged("writing to the store", self.store.write, step, readings)
@@ -347,23 +358,17 @@ class Collector:
     def _sites(self) -> list[Site]:
         return [instance.site for instance in self.instances]
 
-    def _wanted(self, metric: str) -> bool:
-        known = self._verdicts.get(metric)
-        if known is not None:
-            return known
-        try:
-            of = family(metric)
-        except ForeshockError:
-            return True  # a user's own metric belongs to no family
-        self._verdicts[metric] = of in self.families or of not in FAMILIES  # the latter of a user's own kind of site
-        return self._verdicts[metric]
-
     def _judge(
-        self, step: int, readings: Sequence[Reading], sites: Mapping[str, Site], ranks: Mapping[Key, Array]
+        self,
+        step: int,
+        readings: Sequence[Reading],
+        sites: Mapping[str, Site],
+        placed: Callable[[Alarm], Alarm],
     ) -> None:
-        heard, self._unjudged = [*readings, *self._unjudged.values()], {}
-        raised: list[Alarm] = self._charged("judging", self.judge.update, step, heard, sites) or []
-        raised = [alarm if self.merging is None else self.merging.placed(alarm, ranks) for alarm in raised]
+        due = {key: reading for key, reading in self._unjudged.items() if key[0] <= step}
+        self._unjudged = {key: reading for key, reading in self._unjudged.items() if key not in due}
+        heard = [*readings, *{(metric, site): reading for (_, metric, site), reading in due.items()}.values()]
+        raised = [placed(alarm) for alarm in self._charged("judging", self.judge.update, step, heard, sites) or []]
         for sink in self.sinks:
             self._charged(f"sink {type(sink).__name__}", sink.readings, step, readings)
         for alarm in raised:
@@ -391,9 +396,3 @@ class Collector:
         except Exception as error:
             self.fail(what, error)
             return None
-
-
-def rounded(readings: Sequence[Reading]) -> list[Reading]:
-    """The readings as the store keeps them, to float32: whoever judges the stored run later sees what the judge saw."""
-    with np.errstate(over="ignore"):
-        return [Reading(r.metric, r.site, r.values.astype(np.float32).astype(np.float64)) for r in readings]

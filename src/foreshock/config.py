@@ -37,6 +37,7 @@ class Settings:
     ``steps_per_false_alarm``: healthy steps in which all tests together may be wrong once.
     ``budget``: share of a step's time that watching may take; None leaves sampling at ``every``.
     ``on_alarm`` may name several actions, separated by commas; ``debounce`` is in steps.
+    ``merge_timeout``: seconds for which a rank waits for the others before it steps aside and trains on (docs/ranks.md).
     ``sinks`` are names with what they take, as in ``tensorboard:runs/tb`` (docs/sinks.md).
     """
 
@@ -52,6 +53,7 @@ class Settings:
     debounce: int = 100
     strict: bool = False
     merge: bool = True
+    merge_timeout: float = 60.0
     rows: int = 16
     windows: tuple[int, ...] = (10, 50)
     sinks: tuple[str, ...] = ()
@@ -153,6 +155,8 @@ def _problem(key: str, value: Any) -> str:
         return f"must be steps of at least 1, got {value!r}"
     if key == "budget" and value is not None and not 0 < value < 1:
         return f"must be a share of a step's time between 0 and 1, got {value}"
+    if key == "merge_timeout" and not value > 0:
+        return f"must be seconds, more than 0, got {value}"
     if key == "debounce" and value < 0:
         return f"must be steps, at least 0, got {value}"
     several = value.split(",") if key == "on_alarm" else [value]

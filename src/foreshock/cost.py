@@ -7,9 +7,10 @@ be made rarer (`foreshock.pace`): `SAMPLING` and `SPECTRA`. What cannot (compili
 time of foreshock taken off both. The median of such differences is told with its error, for steps that compile, save or evaluate
 are far off. Where every step is sampled nothing is known of it.
 
-On an accelerator the host does not see what the device does. Whoever wants to know (`waits`) has it wait for the device before
-foreshock's own work is timed, which reads numbers from there in any case; the graph's own time shows as far as the training
-script itself waits for its steps.
+On an accelerator the host does not see what the device does. Whoever wants to know (`waits`) has it wait for the device once a
+step, before foreshock first reads numbers that it would wait for: what was queued till then is the training's. Every later wait of
+that step is for foreshock's own work, and charged to it. The graph's own time shows as far as the training script itself waits for
+its steps.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 
 import torch
 
+from foreshock import _torch
 from foreshock.records import Read
 
 SAMPLING, SPECTRA = "sampled steps", "weight spectra"
@@ -47,6 +49,7 @@ class Costs:
         self._clock, self._waits = clock, waits
         self._open: list[str] = []
         self._since = self._stepped = self.began
+        self._settled = False  # in the step under way
         self._own = 0.0  # of foreshock, at the last step
         self._plain: deque[float] = deque(maxlen=PLAIN)
         self._any: deque[float] = deque(maxlen=PLAIN)
@@ -69,8 +72,10 @@ class Costs:
             self._open.pop()
 
     def settle(self) -> None:
-        """Wait for what the training has queued on the device, if that is asked for: it is not foreshock's time."""
-        if self._waits and torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        """Wait for what the training has queued on the device, if that is asked for and at most once a step: it is not foreshock's
+        time, and what is queued from here on is."""
+        if self._waits and not self._settled and torch.cuda.is_initialized() and not _torch.is_capturing():
+            self._settled = True
             with self.of(WAITING):
                 torch.cuda.synchronize()
 
@@ -87,7 +92,7 @@ class Costs:
         """A step of the training is over."""
         now, own = self._clock(), sum(s for part, s in self.seconds.items() if part != WAITING)
         taken = now - self._stepped - (own - self._own)
-        self._stepped, self._own = now, own
+        self._stepped, self._own, self._settled = now, own, False
         self.sampled += sampled
         self._any.append(taken)
         if not sampled:

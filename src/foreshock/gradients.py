@@ -6,6 +6,7 @@ import hashlib
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foreshock.records import Array, Reading
+from foreshock.transfer import Later, Packet, Transfers
 
 NORM = "optim/grad_norm"
 SHARDS = "optim/grad_square_of_shards"  # on its way to that norm
@@ -20,44 +22,74 @@ WHOLE = "optim/grad_squares_of_parameters"  # likewise, one a parameter: of how 
 _PLACES = 16  # entries of a parameter, and as many of its gradient, that tell it from others
 
 
+@dataclass(slots=True)
+class _Read:
+    """What optimizers that made one step told: rates, and numbers on their way to the host. Of ``norms`` each is that of a
+    parameter at a place, and the last one that of all of them."""
+
+    rates: list[float | Packet] = field(default_factory=list)
+    norms: list[tuple[Packet, list[int]]] = field(default_factory=list)
+    squares: list[Packet] = field(default_factory=list)
+
+
 class Gradients:
-    """Reads optimizers when they have stepped; numbers stay on the device until they are asked for."""
+    """Reads optimizers when they have stepped; numbers are on their way to the host from then on."""
 
     def __init__(self) -> None:
-        self._steps: dict[int, dict[str, list[Any]]] = {}
+        self._steps: dict[int, _Read] = {}
+        self._transfers = Transfers()
         self._parameters: list[weakref.ref[Tensor]] = []  # those that ranks have whole, as they were met
         self._places: dict[int, int] = {}
 
     def read(self, step: int, optimizer: Any) -> None:
         """``optimizer`` made ``step``."""
         self._steps = {at: found for at, found in self._steps.items() if at >= step}  # others met no sample
-        found = self._steps.setdefault(step, {"lr": [], "norms": [], "squares": []})
+        found = self._steps.setdefault(step, _Read())
         owners = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         dense = [p for p in owners if p.grad.layout is torch.strided and type(p.grad) in (Tensor, torch.nn.Parameter)]
-        found["lr"] += [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        found.rates += [self._rate(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         if dense:
             norms = torch.stack(torch._foreach_norm([p.grad for p in dense]))
-            found["norms"].append((norms, [self._place(p) for p in dense]))
-        found["squares"] += squares([p.grad for p in owners])
+            packed = torch.cat([norms.float(), torch.linalg.vector_norm(norms).float()[None]])
+            found.norms.append((self._transfers.start(packed), [self._place(p) for p in dense]))
+        parts = squares([p.grad for p in owners])
+        if parts:
+            found.squares.append(self._transfers.start(torch.stack(parts)))
 
     def readings(self, step: int, ranks: int | None) -> list[Reading]:
         """Of all optimizers that made ``step``. ``ranks``: how many there are of what is told of all of them as a mean, if any;
         then the squares of parameters stand in the order of `prints`."""
+        return self.readings_later(step, ranks)()
+
+    def readings_later(self, step: int, ranks: int | None) -> Later[list[Reading]]:
+        """The same, later."""
         found = self._steps.pop(step, None)
         self._steps = {at: of for at, of in self._steps.items() if at >= step}
         if found is None:
-            return []
-        readings = [Reading("optim/lr", None, np.array([max(found["lr"])]))] if found["lr"] else []
-        if found["norms"] and ranks is None:
-            norms = [torch.linalg.vector_norm(of).float() for of, _ in found["norms"]]
-            readings.append(Reading(NORM, None, np.array([float(torch.linalg.vector_norm(torch.stack(norms)))])))
-        elif found["norms"]:
+            return Later((), list)
+        rates = [rate for rate in found.rates if isinstance(rate, Packet)]
+        return Later([*rates, *(of for of, _ in found.norms), *found.squares], lambda: self._made(found, ranks))
+
+    def _rate(self, rate: Any) -> float | Packet:
+        """A learning rate that is kept on a device is not waited for."""
+        if isinstance(rate, Tensor) and rate.device.type != "cpu":
+            return self._transfers.start(rate.detach().reshape(1).float())
+        return float(rate)
+
+    def _made(self, found: _Read, ranks: int | None) -> list[Reading]:
+        rates = [float(rate()[0]) if isinstance(rate, Packet) else rate for rate in found.rates]
+        readings = [Reading("optim/lr", None, np.array([max(rates)]))] if rates else []
+        if found.norms and ranks is None:
+            norms = torch.tensor([of()[-1] for of, _ in found.norms], dtype=torch.float32)
+            readings.append(Reading(NORM, None, torch.linalg.vector_norm(norms, keepdim=True).double().numpy()))
+        elif found.norms:
             values = np.zeros(len(self._parameters))
-            for norms, places in found["norms"]:
-                values[places] = norms.double().cpu().numpy() ** 2
+            for of, places in found.norms:
+                values[places] = of()[:-1] ** 2
             readings.append(Reading(WHOLE, None, values))
-        if found["squares"] or ranks is not None:
-            readings.append(Reading(SHARDS, None, np.array([(ranks or 1) * sum(map(float, found["squares"]))])))
+        if found.squares or ranks is not None:
+            total = sum(float(x) for of in found.squares for x in of())
+            readings.append(Reading(SHARDS, None, np.array([(ranks or 1) * total])))
         return readings
 
     def clear(self) -> None:
@@ -79,7 +111,9 @@ class Gradients:
 
 def copies(told: Sequence[tuple[Sequence[str], Sequence[int]]], rank: int) -> Array:
     """Of each parameter of ``rank`` how many ranks have it, where ``told`` is what ranks have for `Gradients.prints`."""
-    holders = Counter(one for prints, ranks in told for one in set(prints) for _ in ranks)
+    holders: Counter[str] = Counter()
+    for prints, ranks in told:
+        holders.update(dict.fromkeys(prints, len(ranks)))
     return np.array([holders[one] for prints, ranks in told if rank in ranks for one in prints], float)
 
 

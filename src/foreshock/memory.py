@@ -1,4 +1,4 @@
-"""What a watch without a run folder keeps."""
+"""What a watch without a run folder keeps, and one for which another rank writes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from foreshock.pending import Key
+from foreshock.pending import Key, Pending
 from foreshock.records import Alarm, Array, Coverage, Reading
 from foreshock.series import Queries, Steps, Values, join
+
+RECENT_BYTES = 2**24  # 16 MiB: of eight ranks of a machine 128 MiB
 
 
 class MemoryStore(Queries):
@@ -55,3 +57,25 @@ class MemoryStore(Queries):
 
     def _column(self, metric: str, site: str | None) -> tuple[Steps, Values]:
         return join([(np.array([step], np.int64), values[None]) for step, values in self._data[metric, site]])
+
+
+class RecentStore(MemoryStore):
+    """The newest of it, up to `RECENT_BYTES`, as float32: what a rank keeps for which another one writes."""
+
+    def __init__(self) -> None:
+        self._recent = Pending()
+
+    def write(self, step: int, readings: Sequence[Reading]) -> None:
+        """Keep the readings of a step, and let the oldest steps go."""
+        self._recent.add(step, readings)
+        self._recent.trim(RECENT_BYTES)
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written at ``step`` and later."""
+        self._recent.rewind(step)
+
+    def _keys(self) -> list[Key]:
+        return self._recent.keys()
+
+    def _column(self, metric: str, site: str | None) -> tuple[Steps, Values]:
+        return join(self._recent.parts((metric, site)))

@@ -26,11 +26,13 @@ import numpy as np
 import torch
 from torch import distributed
 
+from foreshock import _torch
 from foreshock.apart import LOSS, OF_LOSS, OWN, Apart, folded, trends_of
 from foreshock.errors import ConfigError, ForeshockError
 from foreshock.exchange import device_of, exchange, named
 from foreshock.gradients import SHARDS, WHOLE, copies
 from foreshock.instances import Instance
+from foreshock.kin import names
 from foreshock.records import Alarm, Array, Probe, Reading, Site, SiteStatus
 from foreshock.runtime import Merged as Sums
 from foreshock.shards import (
@@ -42,7 +44,6 @@ from foreshock.shards import (
     Shard,
     Whole,
     extent,
-    families,
     fingerprint,
     is_literal,
     is_told,
@@ -57,12 +58,16 @@ from foreshock.shards import (
     worst_ranks,
 )
 
+NOTHING = json.dumps({"shards": [], "loose": [], "gradients": []})
+LONGEST = 600.0  # seconds a flush may be on its way: behind a pipeline's last stage the first has much of a step to go
+
 
 class Merging:
     """Merges the ranks of a job. ``launch`` and ``receive`` must be called by all of them, in turns.
 
     ``probes``: those of a kind of site, the same on every rank. ``finish(instance, sums) -> list[Reading]``. ``group``: a process
-    group of all ranks that watch; None makes one on gloo, for which `meet` waits for the other ranks once.
+    group of all ranks that watch; None makes one on gloo, for which `meet` waits for the other ranks once. ``timeout``: seconds for
+    which this rank waits for the others.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Merging:
         fail: Callable[[str, Exception], None],
         prints: Callable[[], list[str]] = list,
         group: Any = None,
-        timeout: float = 600.0,
+        timeout: float = 60.0,
     ) -> None:
         self._probes, self._finish, self._fail, self._group = probes, finish, fail, group
         self._prints = prints
@@ -89,6 +94,7 @@ class Merging:
         self._told: dict[Instance, dict[str, int]] = {}
         self._quantities: dict[Instance, dict[tuple[str, str], tuple[int, str]]] = {}
         self._flight: tuple[Local, Any, Any, list[Any]] | None = None
+        self._described = True  # whether the others know what this rank has
         self._hosts: list[str] = []
         self._spans: list[bytes] = []  # of each rank, what stands for the ranks that hold its weights between them
         self.flushes = self.agreements = 0
@@ -110,6 +116,7 @@ class Merging:
         """Make the group, at the same place on every rank; raises what torch does where that cannot be done."""
         if self._group is None:
             self._group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=self.timeout))
+            _torch.allow(self._group, max(self.timeout, LONGEST))
 
     def launch(self, local: Local) -> None:
         """Begin the flush of ``local.step``."""
@@ -138,14 +145,16 @@ class Merging:
         worst = {instance: self._worst(instance, of) for instance, of in local.sums.items()}
         loose = self._once(local.loose)
         sums[0] = self._learn(local.sums, loose, worst)
+        if not self._described:  # of the gradients a sum of all is told, which is divided by the ranks
+            loose = {key: np.zeros(len(values)) for key, values in loose.items() if key[0] == SHARDS}
         for instance, quantities in local.sums.items():
             if instance not in self._own:
                 continue
             place = self._own[instance]
             put(sums, self._layout.sums[place], np.ones(1))
             for name, values in quantities.items():
-                put(sums, self._layout.sums.get((*place, *name)), values)
-                put(largest, self._layout.largest.get((*place, *name)), np.where(np.isnan(values), LARGEST, values))
+                self._put(sums, self._layout.sums, (*place, *name), values)
+                self._put(largest, self._layout.largest, (*place, *name), np.where(np.isnan(values), LARGEST, values))
             for told, values in worst[instance].items():
                 if told == OWN:
                     added, values = self.apart.tell(place, values)
@@ -153,11 +162,17 @@ class Merging:
                 put(largest, self._layout.largest.get((*place, told)), with_rank(values, self.rank))
         for (metric_, site, age), values in loose.items():
             known, number = self._sites.get(site, (site, 0))
-            put(sums, self._layout.sums.get((metric_, known, age, number)), np.array([1.0, *values]))
+            self._put(sums, self._layout.sums, (metric_, known, age, number), np.array([1.0, *values]))
             if metric_ == LOSS:
                 added, far = self.apart.tell((None, 0), np.array([folded(OF_LOSS, values)]))
                 put(sums, self._layout.sums.get((OWN, metric_, known, age, number)), added)
                 put(largest, self._layout.largest.get((OWN, metric_, known, age, number)), with_rank(far, self.rank))
+
+    def _put(self, vector: Array, places: Mapping[tuple[Any, ...], slice], key: tuple[Any, ...], values: Array) -> None:
+        if not put(vector, places.get(key), values):
+            what = " ".join(part for part in key if isinstance(part, str))
+            told = f"it is of another size than was agreed between ranks, {len(values)} numbers; record one size, or another name"
+            self._fail(f"merging {what}, which is left out", ConfigError(told))
 
     def receive(self) -> Whole:
         """Wait for the flush that was launched. Raises what the group raises when a rank is gone or late."""
@@ -193,7 +208,7 @@ class Merging:
         here = {name for name, _ in self._own.values()}
         for name, shards in self._layout.shards.items():
             if name not in here:
-                ranks = sorted({rank for shard in shards for rank in shard.holders})
+                ranks = sorted({rank for shard in shards for of in shard.holders for rank in of})
                 found.append(shards[0].instance.status((f"on other ranks: {named(ranks, self._hosts)}",)))
         return tuple(found)
 
@@ -273,24 +288,31 @@ class Merging:
     # -- what all have -----------------------------------------------------------------------------------------------
 
     def _agree(self) -> None:
-        """Exchange what each rank has, each distinct description once, and lay out the vectors anew."""
-        among = span(instance.site for instance in self._quantities)
-        self._hosts, self._spans, found = exchange(self._group, self._description(), among)
+        """Exchange what each rank has, each distinct description once, and lay out the vectors anew. A rank that cannot describe
+        itself takes part with nothing, and tells nothing until there is news again."""
+        failed: Exception | None = None
+        try:
+            among, text = span(instance.site for instance in self._quantities), self._description()
+        except Exception as error:
+            among, text, failed = (), NOTHING, error
+        self._described = failed is None
+        self._hosts, self._spans, found = exchange(self._group, text, among, self.timeout)
         self._lay_out(found)
         self.agreements += 1
+        if failed is not None:
+            self._fail("describing what the ranks merge; this rank has no part in it for now", failed)
 
     def _lay_out(self, found: Sequence[tuple[Mapping[str, Any], Sequence[int]]]) -> None:
         own = {(*extent(instance.site), instance.site.id): instance for instance in self._quantities}
         shards: dict[str, list[Shard]] = {}
-        names = self._names(found)
         loose: dict[Part, int] = {}
         self._own, self._sites = {}, {}
         self._copies = copies([(plain["gradients"], ranks) for plain, ranks in found], self.rank)
-        for plain, ranks in found:
+        for (plain, _), called in zip(found, names(found, self._spans), strict=True):
             here: dict[str | None, dict[tuple[str, int], None]] = {}
             for one in plain["shards"]:
                 site, first, whole = one["key"]
-                for name in dict.fromkeys(names[site, rank] for rank in ranks):
+                for name, holders in called[site].items():
                     number = next((n for n, s in enumerate(shards.get(name, [])) if s.first == first), None)
                     if number is None:
                         shards.setdefault(name, []).append(self._shard(name, one, first, whole))
@@ -299,8 +321,8 @@ class Merging:
                     shard = shards[name][number]
                     shard.quantities += [tuple(q) for q in one["quantities"] if tuple(q) not in shard.quantities]
                     shard.told += [tuple(t) for t in one["told"] if tuple(t) not in shard.told]
-                    shard.holders += [rank for rank in ranks if names[site, rank] == name]
-                    if self.rank in shard.holders and (instance := own.get((first, whole, site))):
+                    shard.holders += holders
+                    if any(self.rank in of for of in holders) and (instance := own.get((first, whole, site))):
                         self._own[instance] = self._sites[site] = name, number
             for metric_, site, age, size in plain["loose"]:
                 for known, number in here.get(site, {(site, 0): None}):
@@ -309,20 +331,6 @@ class Merging:
             for before, shard in zip(self._layout.shards.get(name, ()), parts, strict=False):
                 shard.instance.sampled = shard.instance.evaluations = before.instance.sampled
         self._layout = Layout(shards, loose)
-
-    def _names(self, found: Sequence[tuple[Mapping[str, Any], Sequence[int]]]) -> dict[tuple[str, int], str]:
-        """What a site of an id on a rank is called in the whole run."""
-        told: dict[str, list[tuple[str | None, int, Sequence[int]]]] = {}
-        for plain, ranks in found:
-            for one in plain["shards"]:
-                site, _, whole = one["key"]
-                told.setdefault(site, []).append((one["print"], whole, ranks))
-        names: dict[tuple[str, int], str] = {}
-        for site, of in told.items():
-            for number, family in enumerate(families(of, self._spans)):
-                name = f"{site}@{family[0]}" if number else site
-                names |= {(site, rank): name for rank in family}
-        return names
 
     def _shard(self, name: str, plain: Mapping[str, Any], first: int, whole: int) -> Shard:
         site = replace(Site.from_json(plain["site"]), id=name)

@@ -2,7 +2,8 @@
 
 The budget is a share of a plain step's time. What sampling costs a step, and what the weight spectra do, is each the median of a
 few stretches of whole periods: what is done now and then is in every stretch, and a disk that stalls once is in one. Of the graphs'
-own time (`foreshock.cost`) what is sure counts. The first stretch, where things are done for the first time, moves no median.
+own time (`foreshock.cost`) what is sure counts; while every step is sampled it is not known, so every second one is until it is.
+The first stretch, where things are done for the first time, moves no median.
 
 With a budget a run is not reproducible: which steps are sampled depends on the clock.
 """
@@ -140,6 +141,9 @@ class Pace:
         total = sum(shares.values())
         parts = ", ".join(f"{name} {share:.2%}" for name, share in shares.items())
         told = f"at step {step} watching took {total:.2%} of a plain step's time ({parts}), the budget is {budget:.2%}"
+        if periods[SAMPLING] == 1 and self.costs.graph is None:
+            periods |= {name: max(2, period) for name, period in periods.items()}
+            told += "; what the graphs take beside it shows against plain steps alone"
         changed = [name for name, period in periods.items() if period != self.periods[name]]
         if changed and self._may_act():
             self.periods = periods

@@ -14,6 +14,12 @@ MOST_BYTES = 2**26  # kept while the disk refuses them
 OVERHEAD = 300  # bytes that Python takes for one reading beside its numbers
 
 
+def rounded(readings: Sequence[Reading]) -> list[Reading]:
+    """The readings as the store keeps them, to float32: whoever judges the stored run later sees what the judge saw."""
+    with np.errstate(over="ignore"):
+        return [Reading(r.metric, r.site, r.values.astype(np.float32).astype(np.float64)) for r in readings]
+
+
 class Pending:
     """``rows`` by step, in the order written, as float32; ``lost`` counts the steps that were dropped."""
 
@@ -33,9 +39,9 @@ class Pending:
                     self._bytes += values.nbytes - known.nbytes if known is not None else values.nbytes + OVERHEAD
                     row[reading.metric, reading.site] = values
 
-    def trim(self) -> None:
-        """Drop the oldest steps beyond `MOST_BYTES`; the newest stays."""
-        while self._bytes > MOST_BYTES and len(self.rows) > 1:
+    def trim(self, most: int | None = None) -> None:
+        """Drop the oldest steps beyond ``most`` bytes, which are `MOST_BYTES` if not given; the newest stays."""
+        while self._bytes > (MOST_BYTES if most is None else most) and len(self.rows) > 1:
             row = self.rows.pop(next(iter(self.rows)))
             self._bytes -= sum(values.nbytes + OVERHEAD for values in row.values())
             self.lost += 1

@@ -33,6 +33,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def _sent(positions: Array, device: torch.device) -> torch.Tensor:
+    """On ``device``; to CUDA from pinned memory, for which nothing waits."""
+    host = torch.as_tensor(positions)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """What is measured at one kind of site. Several probes of a kind stand beside each other, each under a name of its own.
@@ -76,20 +82,20 @@ class Stage:
         inputs = [axis for axis in range(weight.dim()) if axis not in self.axes]
         rows = weight.permute(*self.axes, *inputs).flatten(len(self.axes)) if inputs else weight[..., None]
         rows = rows.flatten(0, len(self.axes) - 1) if self.axes else rows[None]
-        rows = rows.index_select(0, torch.as_tensor(self.index.reshape(-1), device=weight.device))
+        rows = rows.index_select(0, _sent(self.index.reshape(-1), weight.device))
         if self.inputs is not None:
-            rows = rows.index_select(1, torch.as_tensor(self.inputs, device=weight.device))
+            rows = rows.index_select(1, _sent(self.inputs, weight.device))
         return rows.reshape(heads, channels, -1).transpose(1, 2)
 
-    def gain(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """What multiplies each channel, float64 ``[heads, channels]``; None where nothing does."""
+    def gain(self, parameters: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+        """What multiplies each channel, float64 ``[heads, channels]`` on ``device``; None where nothing does."""
         found: torch.Tensor | None = None
         for parameter, (positions, offset) in zip(parameters, self.gains, strict=True):
-            one = parameter.reshape(-1)[torch.as_tensor(positions, device=parameter.device)].double() + offset
+            one = parameter.reshape(-1)[_sent(positions, parameter.device)].double().to(device) + offset
             found = one if found is None else found * one
         if self.factor == 1.0 or found is not None:
             return found if found is None else found * self.factor
-        return torch.full(self.index.shape, self.factor, dtype=torch.float64)
+        return torch.full(self.index.shape, self.factor, dtype=torch.float64, device=device)
 
     def only(self, columns: Sequence[int]) -> Stage:
         """With these channels alone."""
@@ -155,8 +161,7 @@ class WeightView:
         found, at = [], 0
         for stage in self.stages:
             weight, *gains = (local(read(x).detach()) for x in held[at : at + 1 + len(stage.gains)])
-            matrix, gain = stage.matrix(weight), stage.gain(gains)
-            gain = None if gain is None else gain.to(weight.device)
+            matrix, gain = stage.matrix(weight), stage.gain(gains, weight.device)
             if stage.unit:
                 gain = (1.0 if gain is None else gain) / matrix.double().norm(dim=1)
             found.append((matrix, gain))
@@ -172,7 +177,7 @@ class WeightView:
                 product = factor
                 continue
             wide = torch.promote_types(torch.float32, torch.promote_types(factor.dtype, product.dtype))
-            factor = factor if factor.shape[0] == 1 else factor[list(stage.head_map)]
+            factor = factor if factor.shape[0] == 1 else torch.stack([factor[head] for head in stage.head_map])
             product = factor.to(wide) @ product.to(wide)
         assert product is not None
         return product
@@ -186,11 +191,9 @@ class WeightView:
         own = range(self.index.shape[1]) if self.channels is None else self.channels
         columns = [column for column, channel in enumerate(own) if channel in set(channels)]
         kept = tuple(own[column] for column in columns)
-        return (
-            self
-            if kept == tuple(own)
-            else replace(self, stages=(self.stages[0].only(columns), *self.stages[1:]), channels=kept)
-        )
+        if kept == tuple(own):
+            return self
+        return replace(self, stages=(self.stages[0].only(columns), *self.stages[1:]), channels=kept)
 
     def to_json(self) -> dict[str, Any]:
         channels = None if self.channels is None else list(self.channels)
@@ -355,9 +358,8 @@ class SiteStatus:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> SiteStatus:
-        return cls(
-            Site.from_json(plain["site"]), plain["evaluations"], plain["sampled"], plain["laws"], tuple(plain["notes"])
-        )
+        rest = plain["evaluations"], plain["sampled"], plain["laws"], tuple(plain["notes"])
+        return cls(Site.from_json(plain["site"]), *rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,10 +388,8 @@ class Coverage:
         return replace(self, statuses=tuple(kept))
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "statuses": [status.to_json() for status in self.statuses],
-            **{name: list(getattr(self, name)) for name in _LINES},
-        }
+        lines = {name: list(getattr(self, name)) for name in _LINES}
+        return {"statuses": [status.to_json() for status in self.statuses], **lines}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Coverage:

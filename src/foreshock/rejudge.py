@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from foreshock.collector import rounded
 from foreshock.monitors.judge import Judge
 from foreshock.monitors.laws import BiasLaw
 from foreshock.monitors.spectra import in_turn
+from foreshock.pending import rounded
 from foreshock.reader import Run
 from foreshock.records import Alarm, Reading
 

@@ -1,13 +1,14 @@
 """What a watch saves, and how another goes on from it, also as one of more or fewer ranks.
 
-A state has two entries: ``shared``, the same on every rank, and ``rankN``, what rank N has heard so far. Both are tuples
-of one dictionary, because `torch.distributed.checkpoint` stores a tuple whole and takes dictionaries and lists apart: it
+A state has three entries: ``shared``, the same on every rank, with what all have heard where they are merged; ``rankN``, what rank
+N alone knows; ``pendingN``, what it has measured and the ranks have not merged (`foreshock.rejoin`). Each is a tuple of one
+dictionary, because `torch.distributed.checkpoint` stores a tuple whole and takes dictionaries and lists apart: it
 loads what it is asked for by name, and a watch that has seen nothing yet cannot name what is in there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,17 @@ import numpy as np
 from foreshock.agreement import this_rank
 from foreshock.errors import ConfigError
 
-VERSION = 1
+VERSION = 2
+PENDING = "pending"
+ALIKE = ("bias law", "judge", "collector", "actions", "pace", "apart")  # where ranks are merged: all hear the same
 Fail = Callable[[str, Exception], None]
 
 
-def save(clock: Any, parts: Mapping[str, Any], fail: Fail, merged: bool = True) -> dict[str, Any]:
+def save(
+    clock: Any, parts: Mapping[str, Any], fail: Fail, merged: bool, untold: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
     """The state of this rank: Python's own values and tensors only. A part that cannot be saved is left out and reported.
-    ``merged``: whether ranks are watched as one run."""
+    ``merged``: whether ranks are watched as one run. ``untold``: what they have not told each other."""
     rank, ranks = this_rank()
     saved = {}
     for name, part in parts.items():
@@ -30,7 +35,9 @@ def save(clock: Any, parts: Mapping[str, Any], fail: Fail, merged: bool = True) 
         except Exception as error:
             fail(f"saving the state of the {name}", error)
     shared = {"version": VERSION, "ranks": ranks, "merged": merged, "clock": clock.state_dict()}
-    return {"shared": (shared,), f"rank{rank}": ({"step": clock.step, "parts": saved},)}
+    shared["parts"] = {name: saved.pop(name) for name in ALIKE if merged and name in saved}
+    shared["untold"] = max(entry["ranks"] for (entry,) in untold.values())
+    return {"shared": (shared,), f"rank{rank}": ({"step": clock.step, "parts": saved},), **untold}
 
 
 def stateful(monitors: Sequence[Any]) -> dict[str, Any]:
@@ -59,11 +66,11 @@ def restore(
     parts: Mapping[str, Any],
     note: Callable[[str], None],
     fail: Fail,
-    alike: Collection[str] = (),
+    merged: bool = False,
 ) -> None:
-    """Hand each part what this rank saved. Where it saved nothing, or something of another step, all parts begin anew, but those
-    that are ``alike`` on all ranks: they go on with what any rank saved. Where ranks were watched as one run and no longer are, or
-    the other way round, what they heard was of other series: what judges begins anew."""
+    """Hand each part what this rank saved. Where it saved nothing, or something of another step, all parts begin anew, but where
+    ranks are ``merged`` those that are alike on all of them: they go on with what all had heard. Where ranks were watched as one
+    run and no longer are, or the other way round, what they heard was of other series: what judges begins anew."""
     rank, ranks = this_rank()
     try:
         (shared,), (own,) = state["shared"], state.get(f"rank{rank}", ({},))
@@ -71,11 +78,8 @@ def restore(
         there = (
             own.get("step") == step
         )  # a checkpoint without it leaves what the watch filled in itself when it was loaded
-        others = (entry[0] for name, entry in state.items() if name.startswith("rank"))
-        any_rank: Mapping[str, Any] = next((other["parts"] for other in others if other.get("step") == step), {})
-        turned = min(before, ranks) > 1 and bool(shared.get("merged", True)) != bool(alike)
-        any_rank = {} if turned else any_rank
-        saved = own["parts"] if there else {name: part for name, part in any_rank.items() if name in alike}
+        turned = min(before, ranks) > 1 and shared["merged"] != merged
+        saved = {**shared["parts"], **own["parts"]} if there else shared["parts"] if merged and not turned else {}
     except Exception as error:
         fail(f"resuming; what rank {rank} knew begins anew", error)
         return
@@ -87,19 +91,17 @@ def restore(
     if turned:
         told = (
             "what each rank heard for itself, and now they are one run"
-            if alike
+            if merged
             else "one run, and now each is for itself"
         )
         note(f"{changed}the state is of {told}: detectors begin anew, alarms and weight snapshots go on")
-        saved = _turned(saved, bool(alike))
+        saved = _turned(saved, merged)
     elif there and before != ranks:
         left = ", and what the other ranks knew is left" if before > ranks else ""
         note(f"{changed}rank {rank} goes on with what it knew{left}")
     for name, part in parts.items():
         if name in saved:
             _load(name, part, saved[name], fail)
-    if turned and not alike and "collector" in parts:
-        parts["collector"].keep()  # it waited for ranks that do not meet any more
 
 
 def _turned(saved: Mapping[str, Any], together: bool) -> dict[str, Any]:

@@ -32,4 +32,5 @@ class Rows:
         if not again:
             self._calls[sites] = call + 1
         told = hashlib.blake2b(repr((step, call, sites)).encode(), digest_size=4).digest()
-        return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(told, "little")))
+        seeded = torch.Generator().manual_seed(int.from_bytes(told, "little"))
+        return torch.rand(count, generator=seeded, dtype=torch.float32)

@@ -9,18 +9,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import runpy
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 from foreshock.config import PREFIX, load_settings
 from foreshock.errors import ConfigError
+from foreshock.script import NoProgramError, finish_threads, is_program, program, put, without_frames_of_ours
 
 if TYPE_CHECKING:
     from foreshock.eager import Eager
@@ -36,7 +34,8 @@ MOST_NAMES = 12  # of classes, in one line
 class Outcome:
     """How a script went: its exit code, the watch over what it compiled, and the backends that were left alone.
 
-    ``interrupted``: a KeyboardInterrupt ended it. ``eager``: what was to be compiled besides.
+    ``interrupted``: a KeyboardInterrupt ended it. ``eager``: what was to be compiled besides. ``spawned``: processes that the
+    script started anew by multiprocessing. ``process``: the one that ran it, of which the script may leave forks behind.
     """
 
     code: int = 0
@@ -44,6 +43,8 @@ class Outcome:
     left_alone: set[str] = field(default_factory=set)
     interrupted: bool = False
     eager: Eager | None = None
+    spawned: int = 0
+    process: int = field(default_factory=os.getpid)
 
     def summary(self) -> list[str]:
         """Lines for the terminal: what was compiled for the watch, the alarms or what to do about their lack, where the run is."""
@@ -69,17 +70,27 @@ class Outcome:
         if self.watch is None:
             others = f" (left alone: {', '.join(sorted(self.left_alone))})" if self.left_alone else ""
             what = f"nothing was watched: no torch.compile of the script used inductor{others}"
-            return [what if self.eager else f"{what}; --compile-eager auto compiles what it trains", "no run was kept"]
+            return [what + self._advice("; --compile-eager auto compiles what it trains"), "no run was kept"]
         alarms, run = self.watch.alarms, self.watch.settings.run
         kept = f"run kept in {run}; see it with: foreshock report {run}" if run else "run not kept; --run DIR keeps it"
         count = len(self.watch.sites)
         if not count:
             told = "nothing was watched: no attention and no router ran in what was compiled"
-            hint = "" if self.eager else ", and --compile-eager auto compiles what the script leaves eager"
+            hint = self._advice(", and --compile-eager auto compiles what the script leaves eager")
             return [f"{told}; foreshock sites says what was met instead{hint}", kept]
         first = f"{len(alarms)} alarm{'s' * (len(alarms) > 1)}; the first: {alarms[0].message}" if alarms else ""
         quiet = f"no alarm at {count} site{'s' * (count != 1)} in {self.watch.step} steps"
         return [" ".join((first or quiet).split()), kept]
+
+    def _advice(self, to_compile: str) -> str:
+        """Where nothing was watched: what is likely to change that."""
+        if not self.spawned:
+            return "" if self.eager else to_compile
+        told = "1 process" if self.spawned == 1 else f"{self.spawned} processes"
+        return (
+            f"; foreshock does not reach into {told} that the script spawned by multiprocessing: where it trains there, "
+            "start it with torchrun ... -m foreshock.run"
+        )
 
 
 def launch(
@@ -91,46 +102,53 @@ def launch(
     run: str | None = None,
     every: int | None = None,
     strict: bool = False,
+    last: bool = False,
     prepare: Callable[[Watch], None] = lambda watch: None,
 ) -> Outcome:
     """Run ``script`` with ``args``, watched by the process-wide default watch, which is closed at the end.
 
     ``module``: ``script`` is a module's name, as for Python's ``-m``. ``compile_eager``: what is compiled as well, for `Eager`.
+    ``last``: this process ends after it, and stays the script's: ``__main__``, arguments and all; its threads are waited for.
     ``prepare(watch)`` is called before anything is captured.
     Raises ConfigError, before anything runs, for a script that does not exist or settings that are wrong. What the script
     itself raises is printed as Python would print it, and told by the exit code.
     """
-    if not module and not Path(script).is_file():
+    if not module and not is_program(script):
         raise ConfigError(
             f"running {script}: there is no such file; give the path of a Python script, or -m and a module"
         )
     outcome = Outcome()
     given = {"RUN": run, "EVERY": None if every is None else str(every), "STRICT": "true" if strict else None}
-    with _environment({f"{PREFIX}{key}": value for key, value in given.items() if value is not None}):
+    with ExitStack() as undo:
+        _environment(undo, {f"{PREFIX}{key}": value for key, value in given.items() if value is not None})
         load_settings()
-        with _watched(outcome, prepare, compile_eager), _arguments(script, args, module):
+        with _watched(outcome, prepare, compile_eager):
+            start = program(undo, script, args, module)
             try:
-                if module:
-                    runpy.run_module(script, run_name="__main__", alter_sys=True)
-                else:
-                    runpy.run_path(os.path.abspath(script), run_name="__main__")  # as Python gives it its __file__
+                start()
+            except NoProgramError:
+                last = False
+                raise
             except SystemExit as leaving:
                 outcome.code = _code(leaving)
             except BaseException as error:
-                shown = error.with_traceback(_own(error.__traceback__))
-                if module and isinstance(error, ImportError) and shown.__traceback__ is None:
-                    raise ConfigError(f"running -m {script}: {error}") from None
+                shown = without_frames_of_ours(error)
                 sys.excepthook(type(shown), shown, shown.__traceback__)
                 outcome.interrupted = isinstance(error, KeyboardInterrupt)
                 outcome.code = 130 if outcome.interrupted else 1
             finally:
+                if last:
+                    undo.pop_all()  # what is called at exit, or waited for, finds its own `__main__`
+                    finish_threads()
                 if outcome.watch is not None:
                     outcome.watch.close()
     return outcome
 
 
 def speaks(outcome: Outcome) -> bool:
-    """Whether this process has something to say at the end: of merged ranks it is the first that does."""
+    """Whether this process has something to say at the end: of merged ranks it is the first that does, and no fork of it."""
+    if outcome.process != os.getpid():
+        return False
     merged = outcome.watch is None or outcome.watch.settings.merge
     return not merged or os.environ.get("RANK", "0") == "0"
 
@@ -143,20 +161,15 @@ def _watched(outcome: Outcome, prepare: Callable[[Watch], None], compile_eager: 
 
     from foreshock.eager import Eager
 
-    replaced: list[tuple[Any, str, Any]] = [(torch, "compile", _watching(torch.compile, outcome, prepare))]
-    if distributed.is_available():
-        replaced.append((distributed, "destroy_process_group", _closing(distributed.destroy_process_group, outcome)))
-    if compile_eager is not None:
-        outcome.eager = Eager(compile_eager)
-        replaced.append((torch.optim.Optimizer, "__init__", _meeting(torch.optim.Optimizer.__init__, outcome.eager)))
-    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    for owner, name, value in replaced:
-        setattr(owner, name, value)
-    try:
+    with ExitStack() as undo:
+        put(undo, torch, "compile", _watching(torch.compile, outcome, prepare))
+        put(undo, BaseProcess, "start", _counting(BaseProcess.start, outcome))
+        if distributed.is_available():
+            put(undo, distributed, "destroy_process_group", _closing(distributed.destroy_process_group, outcome))
+        if compile_eager is not None:
+            outcome.eager = Eager(compile_eager)
+            put(undo, torch.optim.Optimizer, "__init__", _meeting(torch.optim.Optimizer.__init__, outcome.eager))
         yield
-    finally:
-        for owner, name, value in plain:
-            setattr(owner, name, value)
 
 
 def _watching(plain: Callable[..., Any], outcome: Outcome, prepare: Callable[[Watch], None]) -> Callable[..., Any]:
@@ -171,10 +184,12 @@ def _watching(plain: Callable[..., Any], outcome: Outcome, prepare: Callable[[Wa
             outcome.eager.disarm(compiled)
         backend = options.get("backend") or torch.compiler.get_default_backend()
         if backend in ("inductor", "foreshock", foreshock.instrumented):
+            if model is not None and (options.get("mode") or options.get("options")):
+                plain(model, **options)  # inductor finds a wrong one here, before anything is captured
             if outcome.watch is None:
                 outcome.watch = foreshock.default_watch()
                 prepare(outcome.watch)
-            options["backend"] = foreshock.instrumented
+            options["backend"] = outcome.watch.backend
         else:
             outcome.left_alone.add(
                 backend if isinstance(backend, str) else getattr(backend, "__name__", type(backend).__name__)
@@ -182,6 +197,20 @@ def _watching(plain: Callable[..., Any], outcome: Outcome, prepare: Callable[[Wa
         return plain(model, **options)
 
     return compile_watched
+
+
+def _counting(plain: Callable[[BaseProcess], None], outcome: Outcome) -> Callable[[BaseProcess], None]:
+    """Processes that begin anew and import the script compile without foreshock; those that load data have nothing to compile."""
+
+    @functools.wraps(plain)
+    def start(process: BaseProcess) -> None:
+        target = getattr(process, "_target", None)  # which the start lets go of
+        plain(process)
+        loads = str(getattr(target, "__module__", "")).startswith("torch.utils.data.")
+        forked = getattr(getattr(process, "_popen", None), "method", "fork") == "fork"
+        outcome.spawned += not loads and not forked
+
+    return start
 
 
 def _closing(plain: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:
@@ -208,30 +237,13 @@ def _meeting(plain: Callable[..., None], eager: Eager) -> Callable[..., None]:
     return built
 
 
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextmanager
-def _arguments(script: str, args: Sequence[str], module: bool) -> Iterator[None]:
-    """The arguments and the import path that the script would have alone."""
-    before = sys.argv, sys.path
-    sys.argv = [script, *args]
-    first = os.getcwd() if module else str(Path(script).resolve().parent)
-    sys.path = list(sys.path) if sys.flags.safe_path else [first, *sys.path[1:]]
-    try:
-        yield
-    finally:
-        sys.argv, sys.path = before
+def _environment(undo: ExitStack, values: dict[str, str]) -> None:
+    for name, value in values.items():
+        if name in os.environ:
+            undo.callback(os.environ.__setitem__, name, os.environ[name])
+        else:
+            undo.callback(os.environ.pop, name, None)
+        os.environ[name] = value
 
 
 def _code(leaving: SystemExit) -> int:
@@ -239,16 +251,6 @@ def _code(leaving: SystemExit) -> int:
         return leaving.code or 0
     print(leaving.code, file=sys.stderr)
     return 1
-
-
-def _own(trace: TracebackType | None) -> TracebackType | None:
-    """The traceback from the script's first line on: without the frames of this file and of runpy."""
-    frames = [frame.filename for frame in traceback.extract_tb(trace)]
-    for name in frames:
-        if trace is None or not (name == __file__ or name.startswith("<frozen runpy")):
-            break
-        trace = trace.tb_next
-    return trace
 
 
 if __name__ == "__main__":

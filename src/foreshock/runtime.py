@@ -15,10 +15,14 @@ from foreshock.instances import Instance
 from foreshock.passes import Instrumented, Quantity
 from foreshock.records import Array
 from foreshock.rows import Rows
-from foreshock.transfer import Read, Transfer
+from foreshock.transfer import Packet, Transfer
 
 Compiled = Callable[..., Any]
 Fail = Callable[[str, Exception], None]
+CAPTURED = (
+    "calls inside a CUDA graph that the script captures (torch.cuda.graph): its replays run no Python, so that no step of them is "
+    "counted or sampled; mode='reduce-overhead' of torch.compile is watched"
+)
 Merged = dict[Instance, dict[tuple[str, str], Array]]  # by probe and name, 1-D float64, merged over the calls of a step
 
 
@@ -30,12 +34,16 @@ class Sample:
     instances: Sequence[Instance]
     forward: Sequence[Quantity]
     backward: Sequence[Quantity]
-    packed: Read
-    gradients: Sequence[Read]
+    packed: Packet
+    gradients: Sequence[Packet]
 
     def is_training(self) -> bool:
         """A forward pass whose taps never saw a gradient was an evaluation."""
         return not self.backward or bool(self.gradients)
+
+    def has_arrived(self) -> bool:
+        """Whether all of it is on the host."""
+        return self.packed.has_arrived() and all(gradient.has_arrived() for gradient in self.gradients)
 
     def merge_into(self, merged: Merged) -> None:
         """Add what this call measured to what others of its step did."""
@@ -52,7 +60,7 @@ def merged(samples: Sequence[Sample]) -> Merged:
     return found
 
 
-def _take_gradient(transfer: Transfer, gradients: list[Read], fail: Fail, slot: torch.Tensor) -> None:
+def _take_gradient(transfer: Transfer, gradients: list[Packet], fail: Fail, slot: torch.Tensor) -> None:
     """Each backward's statistics by themselves: a second one would be added to the first, maxima too."""
     try:
         if slot.grad is not None:
@@ -62,7 +70,7 @@ def _take_gradient(transfer: Transfer, gradients: list[Read], fail: Fail, slot: 
         fail("taking gradient statistics to the host", error)
 
 
-def _merge(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quantity], packed: Read) -> None:
+def _merge(merged: Merged, instances: Sequence[Instance], layout: Sequence[Quantity], packed: Packet) -> None:
     """Read ``packed``, cut it by ``layout`` and merge each stretch by its own rule."""
     values = packed()
     at = 0
@@ -91,6 +99,7 @@ class WatchedGraph:
         wants_sample: Callable[[Sequence[Instance]], bool],
         deliver: Callable[[Sample], None],
         fail: Fail,
+        note: Callable[[str], None],
         step: Callable[[], int],
         rows: Rows,
     ) -> None:
@@ -101,7 +110,7 @@ class WatchedGraph:
         self._resolve = resolve
         self._wants_sample = wants_sample
         self._deliver = deliver
-        self._fail = fail
+        self._fail, self._note = fail, note
         self._step = step
         self._broken = rewritten is None
         self._transfer = Transfer(device)
@@ -124,6 +133,8 @@ class WatchedGraph:
     def __call__(self, *args: Any) -> Any:
         if _torch.is_rehearsal(args):
             return self._rehearse(args)
+        if _torch.is_capturing():
+            return self._captured(args)
         again = _torch.in_backward()  # activation checkpointing runs this forward again, and must meet the same variant
         try:
             instances = self._resolve(args)
@@ -144,19 +155,33 @@ class WatchedGraph:
                 result = run(*args)
                 continue
             with _torch.fake_mode_of(list(args)):
-                rows = torch.empty(2 * self._rewritten.rows, device=self._device)
-                slot = torch.empty(self._rewritten.slot_size, device=self._device, requires_grad=True)
+                rows = torch.empty(2 * self._rewritten.rows, dtype=torch.float32, device=self._device)
+                slot = torch.empty(
+                    self._rewritten.slot_size, dtype=torch.float32, device=self._device, requires_grad=True
+                )
             *outputs, _ = run(*args, rows, slot)
             result = tuple(outputs)
         return result
 
+    def _captured(self, args: Sequence[Any]) -> Any:
+        """The plain variant: what is measured now would be judged before it is there, and hooks, events and pinned memory do not
+        belong into a graph. Nothing is compiled while a graph is captured, if there is a variant that can serve."""
+        self._note(CAPTURED)
+        if self._rewritten is None or self._broken or False in self._compiled or True not in self._compiled:
+            return self.compile(False)(*args)
+        rows = torch.zeros(2 * self._rewritten.rows, dtype=torch.float32, device=self._device)
+        slot = torch.zeros(self._rewritten.slot_size, dtype=torch.float32, device=self._device, requires_grad=True)
+        *outputs, _ = self.compile(True)(*args, rows, slot)
+        return tuple(outputs)
+
     def _sampled(self, rewritten: Instrumented, instances: list[Instance], args: Sequence[Any], again: bool) -> Any:
-        state = _torch.random_state(self._device)
+        state = None
         try:
+            state = _torch.random_state(self._device)
             run = self.compile(True)
             rows = self._transfer.to_device(self._rows.draw(self._step(), instances, 2 * rewritten.rows, again))
-            slot = torch.zeros(rewritten.slot_size, device=self._device, requires_grad=True)
-            gradients: list[Read] = []
+            slot = torch.zeros(rewritten.slot_size, dtype=torch.float32, device=self._device, requires_grad=True)
+            gradients: list[Packet] = []
             take = functools.partial(_take_gradient, self._transfer, gradients, self._fail)
             slot.register_post_accumulate_grad_hook(take)
             *outputs, packed = run(*args, rows, slot)
@@ -164,7 +189,8 @@ class WatchedGraph:
             raise  # how activation checkpointing ends a recomputation early
         except Exception as error:
             self._broken = True
-            _torch.restore_random_state(self._device, state)
+            if state is not None:
+                _torch.restore_random_state(self._device, state)
             result = self.compile(False)(*args)
             self._fail("running the instrumented graph; it goes on without probes", error)
             return result

@@ -6,12 +6,11 @@ Only what is asked for is read, and nothing that a file holds is run: no pickle 
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +37,7 @@ class Saved:
         """The tensors of these keys, on the host. Raises CheckpointError for what cannot be read or is no weight."""
         found = self._tensors(keys)
         for key, tensor in found.items():
-            if tensor.dtype not in DTYPES.values():
-                told = f"{key} is stored as {str(tensor.dtype).removeprefix('torch.')}, quantized"
-                raise CheckpointError(f"reading {self.path}: {told}; save the weights in 16 or 32 bits")
+            _refuse_quantized(self.path, key, tensor.dtype in DTYPES.values(), str(tensor.dtype).removeprefix("torch."))
             self.read_keys.add(key)
             self.read_bytes += tensor.numel() * tensor.element_size()
         return found
@@ -50,57 +47,47 @@ class Saved:
 
 
 class _Safetensors(Saved):
-    """Files of the format that https://huggingface.co/docs/safetensors describes: the header is read, then ranges of bytes."""
+    """safetensors files. `safe_open` maps them: shapes come from their headers, and of the data what is asked for is loaded."""
 
     def __init__(self, path: Path, files: Mapping[str, Path] | Sequence[Path]) -> None:
         """``files``: by key, as an index has it, and then opened when they are needed; or all of them."""
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
-        if isinstance(files, Mapping):
-            self._files = dict(files)
-        else:
-            self._files = {key: file for file in files for key in self._header(file)[1]}
+        self._open: dict[Path, Any] = {}
+        self._files: dict[str, Path] = dict(files) if isinstance(files, Mapping) else {}
+        for file in () if isinstance(files, Mapping) else files:
+            self._files |= dict.fromkeys(self._opened(file).keys(), file)
         super().__init__(path, _Shapes(self))
 
     def keys(self) -> Iterator[str]:
         return iter(self._files)
 
     def shape(self, key: str) -> Shape:
-        return tuple(self._entry(key)[1]["shape"])
+        return tuple(self._slice(key).get_shape())
 
     def _tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        return {key: self._tensor(key) for key in keys}
+        for key in keys:
+            dtype = self._slice(key).get_dtype()
+            _refuse_quantized(self._files[key], key, dtype in DTYPES, dtype)
+        return {key: self._opened(self._files[key]).get_tensor(key).clone() for key in keys}
 
-    def _tensor(self, key: str) -> Tensor:
-        start, entry = self._entry(key)
-        if entry["dtype"] not in DTYPES:
-            told = f"{key} is stored as {entry['dtype']}, quantized"
-            raise CheckpointError(f"reading {self._files[key]}: {told}; save the weights in 16 or 32 bits")
-        first, last = entry["data_offsets"]
-        dtype = DTYPES[entry["dtype"]]
-        with self._files[key].open("rb") as file:
-            file.seek(start + first)
-            data = file.read(last - first)
-        if len(data) < last - first or len(data) != math.prod(entry["shape"]) * dtype.itemsize:
-            raise _damaged(self._files[key], f"{key} is cut off")
-        if not data:
-            return torch.zeros(entry["shape"], dtype=dtype)
-        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(entry["shape"])
+    def _slice(self, key: str) -> Any:
+        file = self._opened(self._files[key])
+        try:
+            return file.get_slice(key)
+        except Exception as error:
+            raise _damaged(self._files[key], f"the index says that {key} is there, and it is not") from error
 
-    def _entry(self, key: str) -> tuple[int, dict[str, Any]]:
-        start, header = self._header(self._files[key])
-        if key not in header:
-            raise _damaged(self._files[key], f"the index says that {key} is there, and it is not")
-        return start, header[key]
-
-    def _header(self, file: Path) -> tuple[int, dict[str, Any]]:
-        """Where the data begin, and what is there."""
-        if file not in self._headers:
+    def _opened(self, file: Path) -> Any:
+        if file not in self._open:
             try:
-                with file.open("rb") as opened:
-                    self._headers[file] = _header(opened, file.stat().st_size)
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                from safetensors import safe_open
+            except ImportError as error:
+                told = f"opening the checkpoint {file}: safetensors is not installed"
+                raise CheckpointError(f"{told}; pip install 'foreshock[safetensors]'") from error
+            try:
+                self._open[file] = safe_open(file, "pt")
+            except Exception as error:
                 raise _damaged(file, error) from error
-        return self._headers[file]
+        return self._open[file]
 
 
 class _Shapes(Mapping[str, Shape]):
@@ -239,18 +226,8 @@ def _indexed(index: Path) -> dict[str, Path]:
         raise _damaged(index, f"{type(error).__name__}: {error}") from error
 
 
-def _header(file: IO[bytes], size: int) -> tuple[int, dict[str, Any]]:
-    length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= size - 8:
-        raise ValueError("it has no safetensors header, or is cut off")
-    found = {key: entry for key, entry in json.loads(file.read(length)).items() if key != "__metadata__"}
-    if 8 + length + max((entry["data_offsets"][1] for entry in found.values()), default=0) > size:
-        raise ValueError("it is cut off")
-    return 8 + length, found
-
-
 def _load(file: Path) -> Any:
-    for mapped in (True, False):  # files of before torch 1.6 cannot be mapped
+    for mapped in (True, False):  # files of before torch 1.6 cannot be mapped, and are loaded whole
         try:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
@@ -269,6 +246,12 @@ def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _flat(inner, (*path, str(key)))
+
+
+def _refuse_quantized(path: Path, key: str, whole: bool, dtype: str) -> None:
+    if not whole:
+        told = f"{key} is stored as {dtype}, quantized"
+        raise CheckpointError(f"reading {path}: {told}; save the weights in 16 or 32 bits")
 
 
 def _damaged(path: Path, error: object) -> CheckpointError:

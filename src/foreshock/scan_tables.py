@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +34,8 @@ def shown(scan: Scan, most: int | None = None) -> Iterator[Shown]:
         yield _changes(scan, after, most)
     if any("router/similarity" in scanned.standing[0] for scanned in scan.sites):
         yield _routers(scan)
+    if any(one.other_keys for one in scan.checkpoints):
+        yield _other_keys(scan)
 
 
 def told(scan: Scan) -> Iterator[str]:
@@ -87,6 +91,22 @@ def _routers(scan: Scan) -> Shown:
     rows.sort(key=lambda entry: (entry[0], entry[1][0]))
     columns = ("site", *(name.replace("_", " ") for name in ROUTER))
     return Shown("Routers, the most similar experts first", columns, [row for _, row in rows], len(rows))
+
+
+def _other_keys(scan: Scan) -> Shown:
+    """Layers that differ in their number alone are one row."""
+    rows = []
+    for one in scan.checkpoints:
+        alike = Counter(map(_numberless, one.other_keys, one.other_keys.values()))
+        rows += [[one.path, name, key, str(count)] for (name, key), count in alike.items()]
+    columns = ("checkpoint", "parameter", "key that was read", "how many")
+    return Shown("Read under other names than the model's", columns, rows, len(rows))
+
+
+def _numberless(name: str, key: str) -> tuple[str, str]:
+    if re.findall(r"\d+", name) != re.findall(r"\d+", key):
+        return name, key
+    return re.sub(r"\d+", "*", name), re.sub(r"\d+", "*", key)
 
 
 def _attentions(scan: Scan) -> Sequence[SiteScan]:

@@ -21,7 +21,7 @@ from foreshock.errors import CheckpointError, ConfigError
 from foreshock.models import captured
 from foreshock.monitors import RouterWeights, Spectra
 from foreshock.monitors.spectra import standing
-from foreshock.parameter_keys import Keys, aliases, renaming
+from foreshock.parameter_keys import Keys, aliases, base_words, renaming
 from foreshock.records import Array, Coverage, Reading, Site, WeightView
 from foreshock.saved import Saved, Shape, open_saved
 from foreshock.survey import survey
@@ -35,13 +35,17 @@ ROLES = ("q_weight", "k_weight", "weight")
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """One checkpoint: how much of it was read, and which parameters hold how many entries that are not finite."""
+    """One checkpoint: how much of it was read, and which parameters hold how many entries that are not finite.
+
+    ``other_keys``: of the parameters that were read under another name than the model's, the keys.
+    """
 
     path: str
     step: int | None
     read_keys: int
     read_bytes: int
     not_finite: Mapping[str, int]
+    other_keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ class Scan:
         return {
             "checkpoints": [
                 {name: getattr(one, name) for name in ("path", "step", "read_keys", "read_bytes")}
-                | {"not_finite": dict(one.not_finite)}
+                | {"not_finite": dict(one.not_finite), "other_keys": dict(one.other_keys)}
                 for one in self.checkpoints
             ],
             "sites": [
@@ -104,7 +108,7 @@ def scan(
     opened = [open_saved(path) for path in paths]
     module, coverage = _captured(_beside(paths[0]) if model is None else model, args)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    others, renamed = aliases(module), renaming(module)
+    others, renamed, words = aliases(module), renaming(module), base_words(module)
     left_out = {
         s.site.id: NO_WEIGHTS for s in coverage if not _views(s.site) and s.site.kind in ("attention", "router")
     }
@@ -112,7 +116,8 @@ def scan(
     needed = list(dict.fromkeys(name for site in sites.values() for name in _names(site)))
     readers = []
     for saved in opened:
-        found, reasons = Keys(saved.shapes, renamed, prefix).find({name: others.get(name, ()) for name in needed})
+        keys = Keys(saved.shapes, renamed, prefix, words)
+        found, reasons = keys.find({name: others.get(name, ()) for name in needed})
         _check(saved, found, shapes)
         readers.append(_Reader(saved, found))
         for id_, site in sites.items():
@@ -149,8 +154,9 @@ class _Reader:
         return tensors
 
     def summary(self) -> Scanned:
-        path = self.saved.path
-        return Scanned(str(path), step_of(path), len(self.saved.read_keys), self.saved.read_bytes, self.not_finite)
+        path, read = self.saved.path, self.saved.read_keys
+        other = {name: key for name, key in self.keys.items() if key != name and key in read}
+        return Scanned(str(path), step_of(path), len(read), self.saved.read_bytes, self.not_finite, other)
 
 
 def on_tensors(site: Site, tensors: Mapping[str, Tensor]) -> Site:

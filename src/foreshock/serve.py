@@ -1,7 +1,7 @@
 """``foreshock watch --web``: the report, and word of when it changes, for browsers on this machine alone.
 
-Listens on 127.0.0.1, answers GET of three paths, and only where the request names this address: a page of another site, whose own
-name has been made to lead here (DNS rebinding), is refused by its Host.
+Listens on 127.0.0.1, answers GET of three paths, and only where the request names this machine (by any port, as the near end of an
+SSH tunnel has its own): a page of another site, whose own name has been made to lead here (DNS rebinding), is refused by its Host.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import re
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from foreshock.monitors.report import render
 from foreshock.monitors.report_page import LIBRARY, library
 
 PORT = 8642
+LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:[0-9]{1,5})?", re.IGNORECASE)  # hosts that are answered
 EVERY = 2.0  # seconds that a page stands, at least
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -66,7 +68,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "foreshock", ""
 
     def do_GET(self) -> None:
-        if self.headers.get("Host", "") not in self.server.names:
+        if not LOCAL.fullmatch(self.headers.get("Host", "")):
             self._answer(HTTPStatus.MISDIRECTED_REQUEST, "text/plain", f"ask for {self.server.address}\n")
         elif self.path == "/changes":
             self._answer(HTTPStatus.OK, "application/json", json.dumps({"version": self.server.pages.version}))
@@ -99,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Raises RunError if the port is taken, or there is no folder to watch. ``names``: the hosts that are answered."""
+    """Raises RunError if the port is taken, or there is no folder to watch."""
 
     daemon_threads = True
     allow_reuse_address = True
@@ -114,7 +116,6 @@ class Server(ThreadingHTTPServer):
                 f"serving on port {port}: {error.strerror}; pass another with --port, or 0 for any"
             ) from error
         self.pages = Pages(following)
-        self.names = {f"{host}:{self.server_port}" for host in ("127.0.0.1", "localhost")}
         self.address = f"http://127.0.0.1:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:

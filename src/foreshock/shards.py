@@ -65,7 +65,7 @@ class Shard:
     told: list[tuple[str, int]]  # metric, size
     first: int  # of its heads or experts, in the whole site's
     whole: int  # heads or experts of the whole site; 0 where this is all of it
-    holders: list[int] = field(default_factory=list)
+    holders: list[Sequence[int]] = field(default_factory=list)  # the ranks that have it, text by text
 
 
 class Layout:
@@ -109,10 +109,12 @@ def without_rank(largest: Array) -> tuple[Array, Array]:
     return np.where(absent, np.nan, values), np.where(absent, -1, bits & ((1 << _RANKS) - 1))
 
 
-def put(vector: Array, where: slice | None, values: Array) -> None:
-    """``values`` in their place, unless there is none, or one of another size."""
-    if where is not None and where.stop - where.start == len(values):
+def put(vector: Array, where: slice | None, values: Array) -> bool:
+    """``values`` in their place, unless there is none, or one of another size; whether it is not of another."""
+    fits = where is None or where.stop - where.start == len(values)
+    if where is not None and fits:
         vector[where] = values
+    return fits
 
 
 def is_told(name: str) -> bool:
@@ -225,24 +227,6 @@ def span(sites: Iterable[Site]) -> tuple[int, ...]:
 def _weights(site: Site) -> list[torch.Tensor]:
     views = [view for view in (site.q_weight, site.k_weight, site.weight) if view is not None]
     return [x for view in views for x in view.held() or ()]
-
-
-def families(told: Iterable[tuple[str | None, int, Sequence[int]]], spans: Sequence[bytes]) -> list[list[int]]:
-    """The ranks that have a site of one id, by which site that is; the family of the first rank in front.
-
-    Of one are ranks whose weights are the same as they stand, or parts of the same tensors. ``told``: the print of the weights, how
-    many heads or experts the whole site has where ranks have parts, and the ranks that told so. ``spans``: of each rank of the
-    job, what stands for the ranks that hold its weights between them; empty where it has its weights whole.
-    """
-    found: list[tuple[set[Any], set[int]]] = []
-    for known_by, whole, ranks in told:
-        for shared in {spans[rank] for rank in ranks}:
-            marks: set[Any] = {mark for mark in (known_by, shared) if mark} if shared or not whole else {whole}
-            marks, own = marks or {None}, {rank for rank in ranks if spans[rank] == shared}
-            kin = [family for family in found if not family[0].isdisjoint(marks)]
-            found = [family for family in found if family not in kin]
-            found.append((marks.union(*(of for of, _ in kin)), own.union(*(of for _, of in kin))))
-    return sorted(sorted(ranks) for _, ranks in found)
 
 
 def placed(

@@ -16,11 +16,12 @@ from foreshock.agreement import is_shared
 from foreshock.around import AroundSteps
 from foreshock.backend import Backend
 from foreshock.clock import StepClock
-from foreshock.collector import Collector, Store
+from foreshock.collector import Collector
 from foreshock.config import Settings, families, load_settings
 from foreshock.cost import SAMPLING, SPECTRA, Costs
 from foreshock.fallbacks import Fallbacks
 from foreshock.instances import Instance, Instances
+from foreshock.kept import Store
 from foreshock.masters import Masters
 from foreshock.monitors import BiasLaw, Judge, RouterWeights, SharedRouterWeights, Spectra, receivers
 from foreshock.monitors.step_monitor import FAMILIES as AROUND_STEPS
@@ -38,7 +39,6 @@ from foreshock.sharding import Sharding
 from foreshock.store import store_of_this_rank
 
 _EVERYTHING = 2**62
-SAME_ON_RANKS = ("bias law", "judge", "collector", "actions", "pace")  # where ranks are merged: all hear the same
 NEVER_TRAINED = "evaluated, never sampled in training: no gradient came back through it yet"
 
 
@@ -64,6 +64,7 @@ class Watch:
         strict: raise whatever fails inside foreshock, which otherwise is reported once while training goes on.
         merge: in a job of several ranks, what they measure is merged into one run, which rank 0 writes (True; docs/ranks.md); it
             takes a watch on every rank. False: each rank watches for itself, into ``RUN/rank3``.
+        merge_timeout: seconds for which a rank waits for the others before it steps aside and trains on unwatched (60).
         group: the process group of these ranks; None makes one on gloo.
         probes: `Probe`s for further kinds of site, or beside the built-in ones at attentions and routers; a probe replaces the one
             of its kind that has the same name ("attention", "router").
@@ -89,6 +90,7 @@ class Watch:
         sinks: Sequence[Any] = (),
         strict: bool | None = None,
         merge: bool | None = None,
+        merge_timeout: float | None = None,
         group: Any = None,
         rows: int | None = None,
         windows: Sequence[int] | None = None,
@@ -97,7 +99,8 @@ class Watch:
     ) -> None:
         monitors = [monitors] if isinstance(monitors, str) else list(monitors or ())
         named = tuple(m for m in monitors if isinstance(m, str))
-        references = list(baseline) if isinstance(baseline, list | tuple) else [baseline]
+        listed = baseline if isinstance(baseline, list | tuple) else [baseline]
+        references = [os.fspath(x) if isinstance(x, os.PathLike) else x for x in listed]
         row = actions(on_alarm)
         given = {
             "run": None if run is None else os.fspath(run),
@@ -105,15 +108,14 @@ class Watch:
             "budget": budget,
             "inner": inner if isinstance(inner, str) else None,
             "monitors": named or None,
-            "baseline": None
-            if baseline is None
-            else [os.fspath(x) if isinstance(x, os.PathLike) else x for x in references],
+            "baseline": None if baseline is None else references,
             "on_alarm": names(row),
             "debounce": debounce,
             "align": align,
             "steps_per_false_alarm": steps_per_false_alarm,
             "strict": strict,
             "merge": merge,
+            "merge_timeout": merge_timeout,
             "rows": rows,
             "windows": None if windows is None else tuple(windows),
         }
@@ -145,13 +147,8 @@ class Watch:
         least = {SAMPLING: self.settings.every}
         if "spectra" in self.families:
             least[SPECTRA] = max(min(self.settings.windows), self.settings.every)
-        self.pace = Pace(
-            least,
-            self.settings.budget,
-            self.costs,
-            partial(self._reports.note, about="budget"),
-            lambda: not is_shared(),
-        )
+        tell, alone = partial(self._reports.note, about="budget"), lambda: not is_shared()
+        self.pace = Pace(least, self.settings.budget, self.costs, tell, alone)
         steps = [StepMonitor(self.families)] if self.families & AROUND_STEPS else []
         self.rows = Rows()
         self.sharding = Sharding(self.instances, self.fail)
@@ -188,12 +185,11 @@ class Watch:
             self.is_sampled,
             self._weigh,
             self.fail,
-            self.settings.merge,
+            self.settings,
             group,
-            partial(store_of_this_rank, where, False),
         )
-        built = {"bias law": bias, "spectra": self._spectra, "judge": self.collector.judge}
-        built |= {"collector": self.collector, "actions": self.acting, "pace": self.pace}
+        built = {"bias law": bias, "spectra": self._spectra, "judge": self.collector.judge, "actions": self.acting}
+        built |= {"collector": self.collector, "pace": self.pace, "apart": self.ranks.untold.apart}
         built |= {"sharded weights": self.sharding, "shared router weights": each_step["router"]}
         self._parts = built | resume.stateful([*steps, *own])
         self._around = AroundSteps(self)
@@ -312,7 +308,8 @@ class Watch:
         """
         self._catch_up()
         self.collector.flush()
-        return resume.save(self.clock, self._parts, self.fail, self.ranks.wanted)
+        untold = self.ranks.state_dict()  # monitors of the weights are asked for it, and saved below
+        return resume.save(self.clock, self._parts, self.fail, self.ranks.wanted, untold)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, before the model is compiled or after; best before the first step.
@@ -322,12 +319,12 @@ class Watch:
         """
         if not resume.restore_clock(state, self.clock, self.fail):
             return
-        self._finished = self.ranks.exchanged = self.clock.step
-        self.ranks.drop()
-        self.collector.rewind(self.clock.step)
-        alike = SAME_ON_RANKS if self.ranks.wanted else ()
-        resume.restore(state, self._parts, self._reports.note, self.fail, alike)
+        self._finished = self.clock.step
+        self.ranks.load_state_dict(state, self._reports.note)
+        self.collector.rewind(self.clock.step, self.ranks.untold.since)
+        resume.restore(state, self._parts, self._reports.note, self.fail, self.ranks.wanted)
         self._spectra.stride = self.pace.periods.get(SPECTRA, self._spectra.stride)
+        self.ranks.take_up()
 
     @property
     def closed(self) -> bool:
@@ -340,16 +337,19 @@ class Watch:
         return tuple(probe for (of, _), probe in self._probes.items() if of == kind)
 
     def is_sampled(self, step: int) -> bool:
-        return self.pace.is_sampled(step)
+        aside = self.ranks.given_up  # at a step that may be under way, and is sampled to its end
+        return (aside is None or step <= aside) and self.pace.is_sampled(step)
 
     def begin_forward(self, instances: Collection[Instance]) -> bool:
         """A watched graph of ``instances`` is about to run in training: catch up with finished steps; whether this one is
         sampled."""
-        if self.closed or self.ranks.given_up:
+        if self.closed:
             return False
         if _torch.in_backward():
             return self.is_sampled(self.clock.forward_step)
         self.clock.forward()
+        if self.ranks.given_up is not None:
+            return self.is_sampled(self.clock.step)
         if self.pace.begin(self.clock.step) and SPECTRA in self.pace.periods:
             self._spectra.spread(self.pace.periods[SPECTRA])
         if self.clock.step != self._finished and self.ranks.are_one():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import Refusing, refusing
 from loop import STEPS, Loop, identical
 
 from foreshock import RunError, Watch, open_run
@@ -20,37 +21,10 @@ HALF = STEPS // 2
 ATTENTION = "attention/q_rms"
 
 
-class Refusing:
-    """An open file of which every write is refused while ``error`` is set."""
-
-    error: sqlite3.Error | None = None
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._db, name)
-
-    def execute(self, sql: str, *values: object) -> sqlite3.Cursor:
-        if self.error is not None and not sql.lstrip().startswith(("SELECT", "ROLLBACK")):
-            raise self.error
-        return self._db.execute(sql, *values)
-
-    def backup(self, other: Refusing) -> None:
-        self._db.backup(other._db)
-
-
-@pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Refusing]]:
-    connect = sqlite3.connect
-
-    def connected(path: object, **options: object) -> object:
-        db = connect(path, **options)  # type: ignore[call-overload]
-        return db if "uri" in options else Refusing(db)
-
-    monkeypatch.setattr("foreshock.store.sqlite3.connect", connected)
-    yield Refusing
-    Refusing.error = None
+@pytest.fixture(name="refusing")
+def _refusing() -> Iterator[type[Refusing]]:
+    with refusing() as refuses:
+        yield refuses
 
 
 def _full(run: Path) -> None:
@@ -75,16 +49,32 @@ def _out_of_the_way(run: Path) -> None:
     run.unlink()
 
 
+_locks: list[sqlite3.Connection] = []
+
+
+def _lock(run: Path) -> None:
+    """Another process is at it for long."""
+    _locks.append(sqlite3.connect(run / "run.sqlite", isolation_level=None))
+    _locks[0].execute("BEGIN IMMEDIATE")
+
+
+def _unlock(run: Path) -> None:
+    other = _locks.pop()
+    other.execute("COMMIT")
+    other.close()
+
+
 DISKS: dict[str, tuple[Callable[[Path], None], Callable[[Path], None], str]] = {
     "full": (_full, _free, "disk is full"),
     "read-only": (_read_only, _free, "readonly"),
+    "locked": (_lock, _unlock, "locked"),
     "lost": (_in_the_way, _out_of_the_way, "run.sqlite"),
 }
 
 
 @pytest.mark.parametrize(
     ("disk", "recovers"),
-    [("full", True), ("lost", True), ("read-only", False)]
+    [("full", True), ("lost", True), ("locked", True), ("read-only", False)]
     + [pytest.param(*row, marks=pytest.mark.slow) for row in (("full", False), ("lost", False), ("read-only", True))],
 )
 def test_a_disk_that_fails_in_mid_run(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -53,6 +54,16 @@ def prepared(accelerator: Accelerator, watch: foreshock.Watch, in_place: bool) -
         return model, optimizer
     made: tuple[Any, Any] = accelerator.prepare(torch.compile(model, backend=watch.backend), optimizer)
     return made
+
+
+def test_a_broken_kernel_stands_in_accelerates_tensorboard(
+    example: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    module = example("accelerate_loop")
+    watch = module.train(tmp_path, 30, 15)
+    ((step, message),) = module.logged(tmp_path)
+    assert step == watch.step == 16
+    assert message.startswith("low-precision attention kernel at model.layers.0.self_attn")
 
 
 @pytest.mark.parametrize(("in_place", "broken"), [(True, True), (True, False), (False, True)])

@@ -1,4 +1,4 @@
-"""PyTorch Lightning and Fabric, the real ones: a broken kernel in the logger's own file, a healthy run without alarms."""
+"""PyTorch Lightning, the real one: a broken kernel in the logger's own file, a healthy run without alarms."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import foreshock
-from foreshock.demo import data, kernel
-from foreshock.demo.model import Config, Transformer
-from foreshock.demo.rounding import Rounding
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*"),
@@ -62,27 +58,3 @@ def test_a_healthy_run_raises_none_and_resumes_with_its_watch(module: ModuleType
     assert [status.evaluations for status in trained[0][1].coverage] == [20, 20]
     saved = torch.load(tmp_path / "saved" / "step=20.ckpt", weights_only=True)
     assert "ForeshockCallback" in saved["callbacks"]
-
-
-@pytest.mark.parametrize("broken", [True, False])
-def test_fabric_takes_the_backend_and_saves_the_watch(tmp_path: Path, broken: bool) -> None:
-    torch.manual_seed(0)
-    fabric = Fabric(accelerator="cpu")
-    batches = data.standard_library(cap=200_000).batches(seed=0, batch=8, length=65)
-    model = Transformer(Config(layers=1, hidden=32, experts=0, width=64))
-    with foreshock.Watch(every=5, on_alarm="stop") as watch:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        compiled, optimizer = fabric.setup(torch.compile(model, backend=watch.backend), optimizer)
-        for step in range(30):
-            kernel.set_fault(kernel.Fault(out=Rounding(bits=1)) if broken and step >= 15 else kernel.HEALTHY)
-            loss = compiled(next(batches))[0]
-            fabric.backward(loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            if watch.stop_requested:
-                break
-        fabric.save(tmp_path / "saved.ckpt", {"model": compiled, "watch": watch})
-        assert (watch.step, bool(watch.alarms)) == ((17, True) if broken else (30, False))
-    with foreshock.Watch(every=5) as resumed:
-        fabric.load(tmp_path / "saved.ckpt", {"model": compiled, "watch": resumed})
-        assert resumed.step == watch.step

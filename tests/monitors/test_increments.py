@@ -9,7 +9,7 @@ from projections import LAYOUTS, Projection, latent, separate
 from torch import Tensor
 
 from foreshock.monitors import Spectra
-from foreshock.monitors.increments import UPDATE_RATIO, _root
+from foreshock.monitors.increments import PEAKS, UPDATE_RATIO, _root
 from foreshock.monitors.metrics import STATISTICS
 from foreshock.records import Array
 
@@ -217,6 +217,20 @@ def test_a_weight_that_did_not_move_has_norm_zero_and_no_rank() -> None:
         assert (found[name][:, 0] == 0).all()
         assert np.isnan(found[name][:, 1:]).all()
     assert found[UPDATE_RATIO] == [0]
+
+
+def test_a_peak_is_the_share_of_the_largest_entry() -> None:
+    projection, spectra = separate(groups=2), Spectra(windows=(10,))
+    spectra.update(0, [projection.site])
+    base = projection.factors()
+    move(projection.parameters, 1e-3, seed=9)
+    with torch.no_grad():
+        projection.parameters[0][8 + 3, 5] += 0.5  # of head 1
+    found = {r.metric: r.values for r in spectra.update(10, [projection.site])}
+    for name, change in zip(PEAKS, (increments(base, projection.factors())[x] for x in ("dwq", "dwk")), strict=True):
+        wanted = change.abs().amax((1, 2)) / change.norm(dim=(1, 2))
+        np.testing.assert_allclose(found[name], wanted, rtol=1e-5)
+    assert (found[PEAKS[0]] > 0.9).tolist() == [False, True, False, False]
 
 
 def test_keys_that_did_not_move_leave_the_queries_their_numbers() -> None:

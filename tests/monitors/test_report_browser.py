@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from foreshock.records import Alarm, Coverage, Reading, Site, SiteStatus
 from foreshock.store import RunStore
 
 SITES = 4
+ROUTERS, EXPERTS, BUSY = 2, 8, 5
 NAME = "<b>layers</b>.{}.attention"  # shown as text
 EULER = "#m-law-euler"
 
@@ -28,7 +30,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Four attentions of three heads; head 1 of the third breaks Euler's law from step 400 on, and the loss is once infinite."""
+    """Four attentions of three heads; head 1 of the third breaks Euler's law from step 400 on, and the loss is once infinite.
+    Two routers of eight experts; the second gives expert 5 more and more."""
     folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
     store = RunStore(folder)
     for step in range(0, 1000, 10):
@@ -41,10 +44,16 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> str:
                 step, [Reading("law/euler", f"s{i}", euler), Reading("attention/entropy_norm", f"s{i}", entropy)]
             )
             store.write(step, [Reading("attention/q_rms", f"s{i}", np.ones(3))])
+        for i in range(ROUTERS):
+            load = np.full(EXPERTS, 1 / EXPERTS) + (np.eye(EXPERTS)[BUSY] - 1 / EXPERTS) * i * step / 1980
+            store.write(step, [Reading("router/load", f"r{i}", load)])
     sites = [
         Site(f"s{i}", NAME.format(i), "attention", "sdpa", heads=3, kv_heads=3, dtype="bfloat16") for i in range(SITES)
     ]
-    store.coverage(Coverage(tuple(SiteStatus(site, 100, 100, {"law/euler": ""}) for site in sites)))
+    sites += [Site(f"r{i}", f"layers.{i}.router", "router", "topk", experts=EXPERTS, top_k=2) for i in range(ROUTERS)]
+    store.coverage(
+        Coverage(tuple(SiteStatus(site, 100, 100, {"law/euler": ""} if site.heads else {}) for site in sites))
+    )
     evidence = ("law/euler at the third is 0.4", "attention/q_rms is not off")
     words = ("critical", "wrong attention backward", evidence, "it is off")
     sure = {"head": 1, "onset_interval": (390, 400), "confidence": "proved"}
@@ -101,6 +110,30 @@ def test_one_site_shows_its_heads(browser: Any, report: str) -> None:
         until(lambda: panel.locator("tbody tr").count() == 3)
         panel.locator("select").select_option(value="-1")
         assert panel.locator("tbody tr").count() == SITES
+
+
+def test_one_router_shows_its_experts(browser: Any, report: str) -> None:
+    with opened(browser, f"{report}#m-router-load") as page:
+        panel = page.locator("#m-router-load")
+        assert drawn(page, "#m-router-load") == ROUTERS
+        panel.locator("select").select_option(label="layers.1.router")
+        until(lambda: f"expert {EXPERTS - 1}" in panel.locator(".legend").text_content())
+        assert drawn(page, "#m-router-load") == EXPERTS + 2  # and the edges of the band
+        panel.locator(".numbers summary").click()
+        rows = panel.locator("tbody tr")
+        until(lambda: rows.count() == EXPERTS)
+        last = {(cells := row.split("\t"))[0]: float(cells[1]) for row in rows.all_inner_texts()}
+        assert max(last, key=last.__getitem__) == f"expert {BUSY}"
+        assert sum(last.values()) == pytest.approx(1, abs=0.01)
+
+
+def test_where_nobody_reads_what_is_skipped_a_missing_browser_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    for set_, outcome in (("", pytest.skip.Exception), ("true", pytest.fail.Exception)):
+        monkeypatch.setenv("CI", set_)
+        with pytest.raises(outcome, match="apt-get install chromium"), chromium():
+            pass
 
 
 def test_it_fits_a_phone(browser: Any, report: str) -> None:

@@ -58,8 +58,10 @@ EXPECTED = {
     f"attention.entropy_norm/{SITE}/min": 0.25,
     f"attention.entropy_norm/{SITE}/mean": 0.5,
     f"law.euler/{SITE}/max": math.inf,
-    f"law.euler/{SITE}/missing": 1.0,
     "router.z/router:gate": math.nan,
+    f"nonfinite/law.euler/{SITE}": 2.0,  # the infinity of each of the two steps; a residual that is NaN is not available
+    f"missing/law.euler/{SITE}": 2.0,
+    "nonfinite/router.z/router:gate": 2.0,
 }
 
 
@@ -196,7 +198,8 @@ def test_wandb_joins_a_run_without_moving_its_steps(offline: Path) -> None:
     for epoch in range(3):
         run.log({"epoch/loss": epoch}, step=epoch)
         for step in range(10):
-            sink.readings(10 * epoch + step, [Reading("run/loss", None, np.array([float(step)]))])
+            loss = math.nan if step == 5 else step  # between two rows of the script, where W&B keeps the last
+            sink.readings(10 * epoch + step, [Reading("run/loss", None, np.array([float(loss)]))])
             while sink._waiting:
                 time.sleep(0.001)
     sink.close()
@@ -204,6 +207,8 @@ def test_wandb_joins_a_run_without_moving_its_steps(offline: Path) -> None:
     rows = wandb_rows(wandb_records(offline))
     assert [row["epoch/loss"] for row in rows] == [0, 1, 2]
     assert rows[-1]["foreshock/step"] == 29
+    assert {row.get("run/loss", 9.0) for row in rows} == {9.0}
+    assert rows[-1]["nonfinite/run/loss"] == 3.0
 
 
 def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,6 +256,12 @@ def test_prometheus() -> None:
     assert found["foreshock_attention_entropy_norm", SITE, "min"] == 0.25
     assert found["foreshock_law_euler", SITE, "max"] == math.inf
     assert math.isnan(found["foreshock_router_z", "", "router:gate"])
+    counts = {key: value for key, value in found.items() if "nonfinite" in key[0] or "missing" in key[0]}
+    assert counts == {
+        ("foreshock_nonfinite_total", SITE, "law/euler"): 2,
+        ("foreshock_nonfinite_total", "router/z", "router:gate"): 2,
+        ("foreshock_missing_total", SITE, "law/euler"): 2,
+    }
     assert found["foreshock_alarms_total", SITE, "critical", "kernel"] == 2
     assert found["foreshock_last_alarm_step", SITE, "critical", "kernel"] == 20
     sink.close()
@@ -317,18 +328,6 @@ def test_each_entry_and_globs() -> None:
     assert folded == ["min", "mean", "max"]
     with pytest.raises(ConfigError, match="give a list"):
         Selection("law/*")
-
-
-def test_missing_entries_are_told_until_they_are_back() -> None:
-    selection = Selection()
-
-    def of(*values: float) -> dict[str, float]:
-        return {p.part: p.value for p in selection.points([Reading("law/hull", "a", np.array(values))])}
-
-    assert of(1.0, 2.0) == {"max": 2.0}
-    assert of(1.0, math.nan) == {"max": 1.0, "missing": 1.0}
-    assert of(1.0, 2.0) == {"max": 2.0, "missing": 0.0}
-    assert math.isnan(of(math.nan, math.nan)["max"])
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------
@@ -423,14 +422,16 @@ def test_more_than_it_can_take_is_left_out_and_told(monkeypatch: pytest.MonkeyPa
     sink = Slow()
     sink.readings(0, [])
     until(lambda: not sink._waiting)
+    broken = [Reading("run/loss", None, np.array([math.nan]))]
     for step in range(1, 5):
-        sink.readings(step, [])
+        sink.readings(step, broken)
     sink.alarm(ALARM)
     with pytest.raises(RunError, match="the readings of 1 steps were left out"):
         sink.readings(5, [])
     sink.go.set()
     sink.close()
     assert sink.seen == [0, 2, 3, 4, ALARM, 5]
+    assert [point.value for point in sink.selection.points(broken)][1:] == [2.0]  # that of step 1, and this one
 
 
 def test_closing_does_not_wait_for_ever() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-import numpy as np
-
+from foreshock.monitors.sinks.selection import folded
+from foreshock.monitors.sinks.tally import Tally
 from foreshock.records import Alarm, Reading
 from foreshock.watch import Watch
 
@@ -16,9 +16,10 @@ Entry = dict[str, float | str]
 class Entries:
     """Listens to ``watch``, and keeps what it says until the framework asks.
 
-    ``metrics``: names of metrics or patterns of them (``law/*``) whose last reading is kept; of heads and experts the mean and the
-    largest. Alarms are those that act: each fault once (docs/acting.md). Of ranks that are merged each hears them, at one step;
-    readings come to the rank that writes the run.
+    ``metrics``: names of metrics or patterns of them (``law/*``) whose last reading is kept; of heads and experts the mean and
+    the largest, and of what was not finite, also before the last reading, a count (`Tally`). Alarms are those that act: each
+    fault once (docs/acting.md). Of ranks that are merged each hears them, at one step; readings come to the rank that writes the
+    run.
     """
 
     def __init__(self, watch: Watch, metrics: Sequence[str] = ()) -> None:
@@ -26,6 +27,7 @@ class Entries:
         self._alarms: list[Alarm] = []
         self._readings: dict[str, float] = {}
         self._told = 0
+        self._tally = Tally()
         watch.acting.row = (*watch.acting.row, self._alarms.append)
         watch.collector.sinks.append(self)
 
@@ -40,7 +42,8 @@ class Entries:
         """As a sink of the watch."""
         for reading in readings:
             if any(fnmatchcase(reading.metric, pattern) for pattern in self._metrics):
-                self._readings |= _folded(reading)
+                counts = {_name(part, reading): float(n) for part, n in self._tally.add(reading).items()}
+                self._readings |= _numbers(reading) | counts
 
     def latest(self) -> Entry:
         """The chosen readings that came since the last call."""
@@ -73,9 +76,11 @@ def _entry(alarm: Alarm, count: int) -> Entry:
     }
 
 
-def _folded(reading: Reading) -> dict[str, float]:
-    name = "/".join(("foreshock", reading.metric, *([reading.site] if reading.site else [])))
-    values = reading.values[~np.isnan(reading.values)]
+def _numbers(reading: Reading) -> dict[str, float]:
     if len(reading.values) == 1:
-        return {name: float(reading.values[0])}
-    return {f"{name}/mean": float(values.mean()), f"{name}/max": float(values.max())} if len(values) else {}
+        return {_name("", reading): float(reading.values[0])}
+    return {f"{_name('', reading)}/{fold}": folded(fold, reading.values) for fold in ("mean", "max")}
+
+
+def _name(group: str, reading: Reading) -> str:
+    return "/".join(filter(None, ("foreshock", group, reading.metric, reading.site)))

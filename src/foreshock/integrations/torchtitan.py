@@ -1,8 +1,8 @@
-"""A watch in torchtitan: its metrics processor, for a configuration: ``metrics=ForeshockMetricsProcessor.Config(...)``."""
+"""A watch in torchtitan, by way of its configuration: a metrics processor that tells its loggers, and a trainer that stops."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from foreshock.default import default_watch
@@ -12,8 +12,9 @@ from foreshock.integrations.entries import Entries, Entry, numbers
 try:
     from torchtitan.components.metrics import MetricsProcessor
     from torchtitan.tools.logging import logger
+    from torchtitan.trainer import Trainer
 except ImportError as error:
-    raise ForeshockError(f"importing torchtitan: {error}; pip install torchtitan") from error
+    raise ForeshockError(f"importing torchtitan: {error}; pip install torchtitan==0.3.0, the tested version") from error
 
 
 class ForeshockMetricsProcessor(MetricsProcessor):  # type: ignore[misc]  # torchtitan is not in every environment
@@ -64,3 +65,29 @@ class ForeshockMetricsProcessor(MetricsProcessor):  # type: ignore[misc]  # torc
             f"foreshock: {entry['foreshock/mechanism']} since step {entry['foreshock/onset']}: {entry['foreshock/message']}"
         )
         self.logger.log(numbers(entry), step)
+
+
+class ForeshockTrainer(Trainer):  # type: ignore[misc]
+    """torchtitan's trainer, which ends when the process-wide watch asks for it (``FORESHOCK_ON_ALARM=stop``), on all ranks alike.
+
+    It ends as training does, behind a checkpoint of its last step where checkpoints are enabled: of the model alone, unless
+    ``checkpoint.last_save_model_only`` is off. One that the interval has made of that very step is left as it is.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):  # type: ignore[misc]
+        pass
+
+    @classmethod
+    def watching(cls, config: Trainer.Config) -> Config:
+        """``config`` for this trainer; of torchtitan's own trainer, for one that a model brings along has fields of its own."""
+        return cls.Config(**{part.name: getattr(config, part.name) for part in fields(config)})
+
+    def should_continue_training(self) -> bool:
+        """The loop asks before each step, behind the checkpoint of the last."""
+        goes_on = bool(super().should_continue_training())
+        if not (goes_on and default_watch().stop_requested):
+            return goes_on
+        if self.step % self.config.checkpoint.interval:
+            self.checkpointer.save(self.step, last_step=True)
+        return False

@@ -104,3 +104,15 @@ def test_a_router_that_begins_at_zero_leaps_without_harm() -> None:
     moves = Moves()
     for n, norm in enumerate([0.0, 1e-6, 1e-3, 0.02, 0.1, 0.12, 0.13]):
         assert moves.update(10 * n, [Reading("router/row_norm_max", "r", np.array([norm]))], {}) == []
+
+
+@pytest.mark.parametrize(("peak", "heard"), [(0.3, 0), (0.97, 1), (None, 1)])
+def test_a_jump_of_all_entries_is_a_batch_and_of_one_a_corruption(peak: float | None, heard: int) -> None:
+    moves, found = Moves(), []
+    for n in range(12):
+        jumped = np.where(np.arange(8) == 3, 5.0 if n == 10 else 1.0, 1.0)
+        readings = [Reading("attention/dwq_norm", "a", jumped), Reading("attention/dwk_norm", "a", np.ones(8))]
+        if peak is not None:
+            readings.append(Reading("attention/dwq_peak", "a", np.where(jumped > 1, peak, 0.05)))
+        found += moves.update(10 * n, readings, {})
+    assert [(f.step, f.index) for f in found] == [(100, 3)] * heard

@@ -1,17 +1,19 @@
-"""torchtitan's debug Llama on one CPU, with what torchtitan 0.3 has no word for put in its place; run by test_torchtitan.py.
+"""torchtitan's debug Llama on one CPU, watched: its attention kernel breaks at a step (`make test-torchtitan` has the environment).
 
-    python titan.py FOLDER STEPS [BREAKS]
+python examples/torchtitan_llama.py              # the alarm stands in torchtitan's log and TensorBoard, and the trainer stops
+python examples/torchtitan_llama.py --healthy    # nothing is heard
 
-Stand-ins: a device module and ``torch.distributed.set_timeout`` (torch after 2.13), random bytes for text, and a kernel of the
-demo's, which breaks in the step BREAKS, for FlexAttention. All else is torchtitan: its trainer, model, optimizer, loggers.
+Stand-ins for what torchtitan 0.3 has no word for: a device module and ``torch.distributed.set_timeout`` (torch after 2.13), random
+bytes for text, and a kernel of the demo's for FlexAttention. All else is torchtitan: its trainer, model, optimizer, loggers.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,8 +46,8 @@ from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAt
 from torchtitan.models.llama3.config_registry import llama3_debugmodel  # noqa: E402
 
 from foreshock.demo import kernel  # noqa: E402
-from foreshock.demo.rounding import Rounding  # noqa: E402
-from foreshock.integrations.torchtitan import ForeshockMetricsProcessor  # noqa: E402
+from foreshock.demo.lent import set_broken  # noqa: E402
+from foreshock.integrations.torchtitan import ForeshockMetricsProcessor, ForeshockTrainer  # noqa: E402
 
 
 class Bytes(BaseTokenizer):
@@ -80,7 +82,7 @@ class Random(BaseDataLoader):
         step = 0
         while True:
             if step == self.breaks:
-                kernel.set_fault(kernel.Fault(out=Rounding(bits=1)))
+                set_broken(True)
             tokens = torch.randint(0, 256, self.shape)
             step += 1
             yield {"input": tokens[:, :-1]}, tokens[:, 1:]
@@ -104,24 +106,34 @@ class Kernel(ScaledDotProductAttention):
         return kernel.attention(q, k, v, True, q.shape[-1] ** -0.5)[0].transpose(1, 2).to(q_BLNH.dtype)
 
 
-def main(folder: str, steps: int, breaks: int = -1) -> None:
+def watched(folder: Path, steps: int, breaks: int) -> ForeshockTrainer.Config:
+    """torchtitan's configuration, and what watching adds: a backend, a metrics processor, and the trainer that stops."""
     config = llama3_debugmodel()
     for _, _, parent, field in list(config.model_spec.model.traverse(FlexAttention.Config)):
         setattr(parent, field, Kernel.Config())
     Random.breaks = breaks
-    config.dump_folder = folder
+    config.dump_folder = str(folder)
     config.tokenizer, config.dataloader = Bytes.Config(), Random.Config()
     config.training.disable_cuda_graphs = True
     config.training.seq_len, config.training.local_batch_size, config.training.steps = 64, 2, steps
     config.activation_checkpoint = None
+    config.checkpoint.enable, config.checkpoint.interval = True, 500
     config.compile.enable, config.compile.backend, config.compile.components = True, "foreshock", ["model"]
     config.metrics = ForeshockMetricsProcessor.Config(log_freq=10, enable_tensorboard=True, readings=["law/euler"])
-    trainer = config.build()
-    trainer.train()
-    trainer.close()
+    return ForeshockTrainer.watching(config)
 
 
 if __name__ == "__main__":
-    local = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update(local)
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/torchtitan"))
+    parser.add_argument("--healthy", action="store_true")
+    parser.add_argument("--steps", type=int, default=30)
+    chosen = parser.parse_args()
+    # One rank, as torchrun would say it, and the settings of the process-wide watch. Inductor would take minutes to compile.
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    settings = {"RUN": str(chosen.folder / "run"), "EVERY": "5", "INNER": "eager", "ON_ALARM": "stop"}
+    os.environ |= {f"FORESHOCK_{name}": value for name, value in settings.items()}
+    trainer = watched(chosen.folder, chosen.steps, -1 if chosen.healthy else 12).build()
+    trainer.train()
+    trainer.close()
+    print(f"{trainer.step} steps; next: foreshock report {chosen.folder / 'run'}")
