@@ -1,7 +1,7 @@
 """One rank of a job in which a rank comes to grief at step `DYING`, for tests/test_dying.py: ``python dying.py OUT SCENARIO``.
 
-Each rank trains for itself, so that nothing but the watch waits for other ranks. As tests/merged.py writes: what each knew, and
-how long its longest step took.
+From that step on each rank trains for itself, so that nothing but the watch waits for other ranks. As tests/merged.py writes: what
+each knew, and how long its steps took.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from merged import RANK, STEPS, batches, write
-from merged_models import DYING, Attention, Stack
+from merged import RANK, STEPS, average, batches, write
+from merged_models import Attention, Stack
 from torch import distributed
 
 from foreshock import Watch
 
+DYING = 5  # by then the ranks have met, and have told each other of two steps at least
 TIMEOUT = 8.0  # seconds after which a rank that does not answer is given up
 
 
@@ -62,6 +63,8 @@ def main(out: Path, name: str) -> None:
                 loss = run(next(batch)).square().mean()
                 watch.log(loss=loss)
                 loss.backward()
+                if step < DYING:
+                    average(model)
                 optimizer.step()
                 optimizer.zero_grad()
                 took.append(time.monotonic() - began)
