@@ -91,7 +91,7 @@ def train(
             (folder / "loaded.json").write_text(json.dumps(steps))
         data = torch.Generator().manual_seed(1)
         for step in range(STEPS):
-            x = torch.randn(BATCH, LENGTH, D, generator=data).chunk(ranks)[rank]
+            x = torch.randn(BATCH, LENGTH, D, generator=data, dtype=torch.float64).chunk(ranks)[rank]
             if step < begin:
                 continue
             if flash and step == max(BROKEN, begin) and rank == ranks - 1:

@@ -100,7 +100,7 @@ class Ranks:
             with self._collector.working, self._collector.costs.of(SAMPLING):
                 self._take_up(None)
         except Exception as error:
-            self.untold.drop()
+            self.untold.forget()
             self._fail("merging what ranks had measured when the state was saved", error)
 
     def _take_up(self, among: Merging | None) -> None:

@@ -13,6 +13,7 @@ import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -182,6 +183,10 @@ class Untold:
     def drop(self) -> None:
         """Let go of all of it: training goes on elsewhere."""
         self.packed.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was loaded."""
         self._members.clear()
         self._before = 0
 
@@ -191,9 +196,8 @@ class Untold:
         """What all members had to tell, step by step, whether it is judged, and who knows its ranks. Called by every rank of those
         that merge, ``among`` whom this is one; None: it is alone."""
         rank, ranks = (0, 1) if among is None else (among.rank, among.world)
-        group = None if among is None else among._group
         before, members = self._before, dict(self._members)
-        hosts, spans, found = self._described(group, rank, ranks)
+        hosts, spans, found = self._described(among, rank, ranks)
         steps = sorted({(step, judged) for plain, _ in found for step, judged in plain["steps"]}, key=_order)
         absent = sorted(set(range(before)) - {at for _, of in found for at in of})
         if steps and absent:
@@ -209,28 +213,29 @@ class Untold:
             parts = [member.vectors(which) for member in (*members.values(), blank)]
             sums, largest = np.sum([one for one, _ in parts], 0), np.max([one for _, one in parts], 0)
             if among is not None:
-                sums, largest = _reduced(group, sums, "SUM"), _reduced(group, largest, "MAX")
+                sums, largest = _reduced(among, sums, "SUM"), _reduced(among, largest, "MAX")
             for member in members.values():
                 member.done(which)
             self.since = which[0] + 1
             yield blank.whole(which[0], sums, largest), which[1], blank
-        self.drop()
+        self.forget()
         if before != ranks:
             self.apart.forget()  # ranks have other numbers now
 
-    def _described(self, group: Any, rank: int, ranks: int) -> tuple[list[str], list[bytes], Found]:
+    def _described(self, among: Merging | None, rank: int, ranks: int) -> tuple[list[str], list[bytes], Found]:
         """Of each member its host, and what stands for the ranks that hold its weights; and the descriptions there are."""
         before, members = self._before, self._members
         told = {at: {**m.told, "steps": sorted(m.locals, key=_order)} for at, m in members.items() if m.told}
         told |= {at: {"steps": [], "shards": [], "loose": [], "gradients": []} for at in members if at not in told}
-        if ranks == 1:
+        if among is None or ranks == 1:
             records = [_record(members[at].entry if at in members else {}) for at in range(before)]
             found = [(plain, [at]) for at, plain in told.items()]
         else:
             slots = range(rank, rank + ranks * -(-before // ranks), ranks)
-            _, _, texts = exchange(group, json.dumps({"members": [told.get(at) for at in slots]}), ())
+            text = json.dumps({"members": [told.get(at) for at in slots]})
+            _, _, texts = exchange(among._group, text, (), among.timeout)
             own = b"".join(_record(members[at].entry if at in members else {}) for at in slots)
-            size, gathered = _SPAN + _HOST, _gathered(group, own)
+            size, gathered = _SPAN + _HOST, _gathered(among, own)
             records = [gathered[at % ranks][at // ranks * size :][:size] for at in range(before)]
             found = [
                 (plain, [at + place * ranks for at in holders])
@@ -253,16 +258,18 @@ def _record(entry: Entry) -> bytes:
     return shared + str(entry.get("host", "")).encode()[:_HOST].ljust(_HOST)
 
 
-def _gathered(group: Any, own: bytes) -> list[bytes]:
-    record = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device_of(group))
-    records = [torch.empty_like(record) for _ in range(distributed.get_world_size(group))]
-    distributed.all_gather(records, record, group=group)
+def _gathered(among: Merging, own: bytes) -> list[bytes]:
+    record = torch.frombuffer(bytearray(own), dtype=torch.uint8).to(device_of(among._group))
+    records = [torch.empty_like(record) for _ in range(among.world)]
+    work = distributed.all_gather(records, record, group=among._group, async_op=True)
+    work.wait(timedelta(seconds=among.timeout))
     return [bytes(one.cpu().tolist()) for one in records]
 
 
-def _reduced(group: Any, vector: Array, how: str) -> Array:
-    tensor = torch.from_numpy(vector).to(device_of(group))
-    distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how), group)
+def _reduced(among: Merging, vector: Array, how: str) -> Array:
+    tensor = torch.from_numpy(vector).to(device_of(among._group))
+    work = distributed.all_reduce(tensor, getattr(distributed.ReduceOp, how), among._group, async_op=True)
+    work.wait(timedelta(seconds=among.timeout))
     found: Array = tensor.cpu().numpy()
     return found
 
