@@ -323,7 +323,7 @@ def from_zero(out: Path, name: str) -> None:
 
 SCENARIOS: dict[str, Callable[[Path, str], None]] = {
     **dict.fromkeys(("experts", "experts, padded", "experts, plain"), experts),
-    **dict.fromkeys(("swap", "swap, plain", "swap, apart", "gather"), context),
+    **dict.fromkeys(("swap", "swap, plain", "gather"), context),
     "sequence": sequence,
     "fsdp and tp": sharded_parts,
     **dict.fromkeys(("zero, fsdp", "zero, tp", "zero, fsdp, apart", "replicas, tp"), from_zero),

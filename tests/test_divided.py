@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from divided import CHOSEN, MICROBATCHES
-from jobs import Job, check, same_as_parts, trains_alike
+from jobs import Job, check, trains_alike
 from merged import BATCH, HEADS, LENGTH, STEPS
 
 from foreshock.shards import families
@@ -166,11 +166,8 @@ def test_other_schedules_and_ways_of_exchange(alone: Job, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", ["experts", "swap"])
 def test_four_ranks_tell_what_one_process_tells_of_the_whole_model(alone: Job, tmp_path: Path, name: str) -> None:
     """Not of stages of one layer each: there no layers take turns with their weights, as they do in the whole model."""
-    apart = ("swap, apart",) if name == "swap" else ()
-    job = Job(tmp_path / "four", 4, name, f"{name}, plain", *apart, script="divided.py")
+    job = Job(tmp_path / "four", 4, name, f"{name}, plain", script="divided.py")
     check(alone, job, name, 4)
-    if apart:
-        same_as_parts(job, name, 4)
     assert all(trains_alike(job.series(name, rank), job.series(f"{name}, plain", rank)) for rank in range(4))
 
 
