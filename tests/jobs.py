@@ -81,12 +81,13 @@ def same(one: Arrays, other: Arrays, name: str = "") -> None:
             continue
         elif found in COUNTED or metric(found).merge == "max":
             assert np.array_equal(values, of, equal_nan=True), key
-        else:  # the ratio of a site is of all its heads, and of parts it is the mean
-            near(values, of, 1e-2 if found == RATIO and in_parts else 1e-6, key)
+        else:  # the ratio of a site is of all its heads; of parts it is their mean, exactly so in `same_as_parts`
+            near(values, of, 5e-2 if found == RATIO and in_parts else 1e-6, key)
 
 
 def near(one: Values, other: Values, relative: float, key: str) -> None:
-    """``[steps, parts]``, to a share of the largest part at each step."""
+    """``[steps, parts]``, or of a single part ``[steps]``, to a share of the largest part at each step."""
+    one, other = (x.reshape(len(x), -1) for x in (one, other))
     assert np.array_equal(np.isnan(one), np.isnan(other)), key
     size = np.nan_to_num(np.abs(one)).max(-1, keepdims=True)
     assert (np.nan_to_num(np.abs(one - other)) <= relative * size).all(), (key, np.nanmax(np.abs(one - other) / size))
@@ -119,7 +120,7 @@ def same_as_parts(job: Job, name: str, ranks: int) -> None:
         axis = metric(found).axis
         law = found.startswith("law/") and found not in (*BIASES, "law/bias_den", "law/bias_samples")
         if name in IN_PARTS and axis in ("heads", "kv_heads"):
-            near(values, np.concatenate([*of], axis=-1), KEPT if law else 0, key)
+            near(values, np.concatenate([x.reshape(len(x), -1) for x in of], axis=-1), KEPT if law else 0, key)
         elif name in IN_PARTS:
             rule = {"sum": np.sum, "max": np.max}.get(metric(found).merge, np.mean)
             if found not in BIASES:

@@ -23,6 +23,7 @@ def float32_again() -> Iterator[None]:
 def told(default: torch.dtype) -> Told:
     """Every series, bit by bit, of a float32 model that is compiled and trained under a default dtype."""
     torch._dynamo.reset()
+    torch.set_default_dtype(torch.float32)  # the model is of it
     torch.manual_seed(0)
     model, generator = Layer(), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
