@@ -55,7 +55,7 @@ class Simulated:
     def wait(self, timeout: Any = None) -> None:
         """All is there at once."""
 
-    def all_gather(self, records: list[Tensor], record: Tensor, group: Any = None) -> None:
+    def all_gather(self, records: list[Tensor], record: Tensor, group: Any = None, async_op: bool = False) -> Simulated:
         self._count("all_gather", record)
         record[32:40] = int(self._sharded)
         told = [record]
@@ -64,8 +64,9 @@ class Simulated:
             told[-1][:32] = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)
         for rank, one in enumerate(records):
             one.copy_(told[self._text_of(rank)])
+        return self
 
-    def broadcast(self, tensor: Tensor, source: int, group: Any = None) -> None:
+    def broadcast(self, tensor: Tensor, source: int, group: Any = None, async_op: bool = False) -> Simulated:
         """The length of the text of ``source``, or that text."""
         self._count("broadcast", tensor)
         if at := self._text_of(source):
@@ -75,6 +76,7 @@ class Simulated:
                 if tensor.dtype == torch.int64
                 else torch.frombuffer(bytearray(text), dtype=torch.uint8)
             )
+        return self
 
     def _text_of(self, rank: int) -> int:
         return rank * (1 + len(self._others)) // self.ranks
@@ -88,5 +90,6 @@ class Simulated:
         with (
             mock.patch(f"foreshock.{ROOMS[0]}.distributed", self),
             mock.patch(f"foreshock.{ROOMS[1]}.distributed", self),
+            mock.patch("foreshock._torch.allow"),
         ):
             yield self

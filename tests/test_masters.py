@@ -21,6 +21,7 @@ from torch.nn import functional
 from foreshock import ConfigError, Watch
 from foreshock.masters import CHUNK, START, Masters
 from foreshock.monitors import Spectra
+from foreshock.monitors.increments import PEAKS
 from foreshock.monitors.metrics import STATISTICS
 from foreshock.records import Array
 
@@ -325,7 +326,7 @@ def test_with_masters_the_spectra_of_a_bf16_model_are_those_of_fp32_and_without_
         copies.watch.close()
         found = spectra_of(watch)
         assert not any("masters" in note for status in watch.coverage for note in status.notes)
-    assert len(found) == 2 * (2 * 4 * len(STATISTICS) + 1)
+    assert len(found) == 2 * (2 * 4 * len(STATISTICS) + len(PEAKS) + 1)
     errors: dict[str, float] = {}
     for (name, site), (at, values) in found.items():
         fp32 = np.stack(list(seen["wide"][name, site].values()))

@@ -158,15 +158,16 @@ except ValueError:
 """
 
 
-def test_errors_look_as_they_do_without_foreshock(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_look_as_they_do_without_foreshock() -> None:
     """Causes, contexts and groups too; alone, a script compiles by a line what --compile-eager compiles for it."""
     Path("script.py").write_text(ERRORS)
     code, _, alone = ended(sys.executable, "script.py", "alone")
-    capsys.readouterr()
-    outcome = launch("script.py", [], compile_eager="auto")
-    assert dict(outcome.eager.compiled) == {"Failing": 1}
-    assert outcome.code == code == 1
-    assert of_the_script(capsys.readouterr().err) == alone
+    watched = subprocess.run(
+        [*CONSOLE, "--compile-eager", "auto", "script.py"], capture_output=True, text=True, check=False
+    )
+    assert "Failing" in watched.stderr.partition("all of them")[2]
+    assert watched.returncode == code == 1
+    assert of_the_script(watched.stderr) == alone
     assert sum("in forward" in line for line in alone) == 2
     assert any("Unrecognized mode=nonsense" in line for line in alone)
 

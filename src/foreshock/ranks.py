@@ -78,6 +78,11 @@ class Ranks:
             self._take_up_alone()
         return collector.merging is not None
 
+    @property
+    def is_meeting(self) -> bool:
+        """Whether this rank is to watch with others, and has not met them yet: nothing is recorded till then."""
+        return self._meeting is not None
+
     def state_dict(self) -> dict[str, Any]:
         """What this rank has not told, without waiting for another; to be asked before what a flush changes."""
         with self._collector.working:
@@ -191,6 +196,7 @@ class Ranks:
 
     def _go_alone(self, ranks: int) -> None:
         """Watch on as one process, and judge what was measured meanwhile."""
+        self._meeting = None
         self.wanted, waiting = False, [self.untold.next() for _ in range(len(self.untold.packed))]
         self._collector.part(store_of_this_rank(self._settings.run, False))
         if self.untold.waits:

@@ -307,7 +307,8 @@ class Watch:
         logged numbers are not in the state, as its gradients are in no checkpoint: the resumed run makes the step from the start.
         """
         self._catch_up()
-        self.collector.flush()
+        if not self.ranks.is_meeting:  # who writes is not known before
+            self.collector.flush()
         untold = self.ranks.state_dict()  # monitors of the weights are asked for it, and saved below
         return resume.save(self.clock, self._parts, self.fail, self.ranks.wanted, untold)
 
