@@ -106,6 +106,7 @@ def test_a_rank_that_stands_still_is_given_up_after_the_timeout(tmp_path: Path) 
         job.close()
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_is_not_held_up_by_the_others(tmp_path: Path) -> None:
     job = Ranks(tmp_path, 2, "failing")
     try:

@@ -102,6 +102,7 @@ def test_ranks_that_are_killed_go_on_from_any_step(tmp_path: Path) -> None:
             went_on(tmp_path / every / f"{load} on {ranks}")
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_as_one_process(tmp_path: Path) -> None:
     """What the two had not merged is merged by the one, also where its file does not hold all of it."""
     of: dict[str, Any] = {"flash": False}

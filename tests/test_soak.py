@@ -22,6 +22,7 @@ def slopes(out: Path, *arguments: str, timeout: float) -> dict[str, float]:
     return {name: middle / 1000 for name, (middle, _, _) in found.items()}
 
 
+@pytest.mark.slow
 def test_a_short_training_does_not_leak(tmp_path: Path) -> None:
     """Histories are still filling: what would show is an object that stays in every second step, or half a kilobyte in each."""
     found = slopes(tmp_path, "--steps", "600", "--look", "30", "--inner", "eager", timeout=590)
