@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-_DIGEST, _SPAN, _HOST = (
-    32,
-    8,
-    64,
-)  # bytes of a text's digest, of that of the ranks one shares its weights with, of a host's name
+# Bytes of a text's digest, of that of the ranks with which one shares its weights, and of a host's name.
+_DIGEST, _SPAN, _HOST = 32, 8, 64
 Told = Sequence[tuple[Mapping[str, Any], Sequence[int]]]
 
 

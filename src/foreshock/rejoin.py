@@ -129,9 +129,9 @@ class Untold:
         entry: dict[str, Any] = {"step": step, "since": step, "ranks": 0}
         if merging is not None:
             entry |= {"since": self.since, "ranks": ranks}
-            for over in due:
-                self.pack(over, self._collector.local(over))
             try:
+                for over in due:
+                    self.pack(over, self._collector.local(over))
                 entry |= self._entry(merging, step)
             except Exception as error:
                 self._fail("saving what ranks have not merged", error)
