@@ -41,15 +41,10 @@ from foreshock.shards import Local
 
 RANKS = (8, 64, 512, 4096, 16384)
 LAYERS, EXPERTS, HEADS = (32, 64, 128), (0, 8, 64, 512), 32
-TEXTS = (  # ranks, how many texts, and whether each is of the whole model, with weights sharded
-    *((n, 1, False) for n in RANKS),
-    (16384, 8, False),
-    (8, 8, True),
-    (64, 64, True),
-)
+STAGES = 8
 EVERY, STEPS = 10, 51  # steps: up to the first at which both windows of the spectra are full
 REPEATS = 5
-_PRINT = re.compile(r'"print": "\w+"')
+_PRINT = re.compile(r'"print": "\w+"')  # of a site's weights
 
 
 @dataclass(frozen=True)
@@ -140,22 +135,20 @@ def flush(layer: Layer, local: Local, ranks: int) -> tuple[list[tuple[str, int]]
 
 
 def agreement(
-    layer: Layer, layers: int, ranks: int, texts: int, sharded: bool = False
+    layer: Layer, layers: int, ranks: int, stages: int = 1, sharded: bool = False
 ) -> tuple[list[tuple[str, int]], float]:
-    """The same of agreeing on a layout among ``ranks``. Of ``texts`` each is of a stage of the model, or, where weights are
-    ``sharded`` (FSDP2), of all of it, with the prints of the parts of the weights that the rank has."""
-    share = layers if sharded else max(1, layers // texts)
-    stages = [of_many(layer.local, share, 0 if sharded else stage * share) for stage in range(texts)]
-    merging, *others = (merging_of(layer, local) for local in stages)
-    for one, local in zip((merging, *others), stages, strict=True):
-        with Simulated(ranks).running():
-            one.launch(local)
-    described = [one._description() for one in others]
-    if sharded:
-        described = [_PRINT.sub(f'"print": "{at:016x}"', text) for at, text in enumerate(described)]
-    with Simulated(ranks, described, sharded=sharded).running() as job:
+    """The same of agreeing on a layout among ``ranks`` of a pipeline of so many ``stages``. ``sharded``: those of a stage hold its
+    weights between them (FSDP2), so that the first alone tells their prints."""
+    share, described = layers // stages, []
+    with Simulated(ranks).running():
+        for stage in reversed(range(stages)):
+            merging = merging_of(layer, local := of_many(layer.local, share, stage * share))
+            merging.launch(local)
+            described.insert(0, merging._described_by(())[0])
+    rest = [_PRINT.sub('"print": null', text) for text in described] if sharded else []
+    with Simulated(ranks, described, rest).running() as job:
         taken = least(merging._agree, 1 if ranks > 1000 else REPEATS)
-    return job.calls[: 1 + 2 * texts], taken
+    return job.calls[: 2 + stages * (1 + sharded)], taken
 
 
 def least(work: Callable[[], Any], repeats: int = REPEATS) -> float:
@@ -214,18 +207,22 @@ def flushes(console: Console, layers_of: dict[int, Layer], network: Network) -> 
 
 def agreements(console: Console, layer: Layer, network: Network) -> list[dict[str, Any]]:
     """The table of layouts being agreed: at the first samples, and after a recompilation."""
-    title = "a layout agreed; several texts: of pipeline stages, or of sharded weights; network a model"
-    table = Table("layers", "ranks", "texts", "KiB of text", "collectives", "host s", "network s", title=title)
+    title = "a layout agreed; network a model"
+    table = Table("layers", "ranks", "stages", "weights", "KiB", "collectives", "host s", "network s", title=title)
     told = []
+    kinds = [(n, 1, sharded) for sharded in (False, True) for n in RANKS]
+    kinds += [(RANKS[-1], STAGES, sharded) for sharded in (False, True)]
     for layers in (LAYERS[0], LAYERS[-1]):
-        for ranks, texts, sharded in TEXTS:
-            calls, host = agreement(layer, layers, ranks, texts, sharded)
+        for ranks, stages, sharded in kinds:
+            calls, host = agreement(layer, layers, ranks, stages, sharded)
             size = sum(nbytes for name, nbytes in calls if name == "broadcast")
             took = sum(getattr(network, name.removeprefix("all_"))(nbytes, ranks) for name, nbytes in calls)
-            row = str(layers), f"{ranks:,}", f"{texts}{', sharded' * sharded}", f"{size / 1024:.0f}", str(len(calls))
+            weights = "sharded" if sharded else "whole"
+            row = str(layers), f"{ranks:,}", str(stages), weights, f"{size / 1024:.0f}", str(len(calls))
             table.add_row(*row, f"{host:.3f}", f"{took:.3f}")
             told.append(
-                {"layers": layers, "ranks": ranks, "texts": texts, "host": host, "network": took, "calls": calls}
+                {"layers": layers, "ranks": ranks, "stages": stages, "sharded": sharded, "host": host, "network": took}
+                | {"calls": calls}
             )
     console.print(table)
     return told

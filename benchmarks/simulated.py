@@ -1,6 +1,6 @@
 """A job of many ranks in one process: what one of them sends is counted, and what the others would send is made up.
 
-The ranks are alike but for the texts by which they describe themselves when a layout is agreed.
+The ranks are alike but for the texts by which they describe what they merge when a layout is agreed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,23 @@ from unittest import mock
 import torch
 from torch import Tensor, distributed
 
+from foreshock.exchange import CARD
+
 ROOMS = ("merging", "exchange")  # of foreshock, where ranks speak to each other
 
 
 class Simulated:
     """Stands for `torch.distributed` as rank 0 of ``ranks`` sees it. ``calls``: each collective and its bytes.
 
-    ``others``: the texts of ranks that are not alike rank 0; texts lie in equal shares, one after the other, over the ranks.
-    ``sharded``: the ranks hold the weights between them.
+    ``texts``: of each stage of the model what its ranks tell, rank 0's own in front; stages have equal shares of the ranks, one
+    after the other. ``rest``: the same of all ranks of a stage but its first, where these hold its weights between them.
     """
 
     ReduceOp = distributed.ReduceOp
 
-    def __init__(self, ranks: int, others: Sequence[str] = (), *, sharded: bool = False) -> None:
-        self.ranks, self._others, self._sharded = ranks, [text.encode() for text in others], sharded
+    def __init__(self, ranks: int, texts: Sequence[str] = ("",), rest: Sequence[str] = ()) -> None:
+        self.ranks, self._sharded = ranks, bool(rest)
+        self._texts, self._rest = ([text.encode() for text in of] for of in (texts, rest or texts))
         self.calls: list[tuple[str, int]] = []
 
     def get_rank(self, group: Any = None) -> int:
@@ -49,7 +52,7 @@ class Simulated:
         """Ranks that are alike have the same numbers: of a largest, that is the number itself."""
         self._count("all_reduce", vector)
         if op == distributed.ReduceOp.SUM:
-            vector *= self.ranks // (1 + len(self._others))
+            vector *= self.ranks // len(self._texts)
         return self
 
     def wait(self, timeout: Any = None) -> None:
@@ -57,29 +60,35 @@ class Simulated:
 
     def all_gather(self, records: list[Tensor], record: Tensor, group: Any = None, async_op: bool = False) -> Simulated:
         self._count("all_gather", record)
-        record[32:40] = int(self._sharded)
-        told = [record]
-        for text in self._others:
-            told.append(record.clone())
-            told[-1][:32] = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.uint8)
+        made: dict[tuple[int, bool], Tensor] = {}
         for rank, one in enumerate(records):
-            one.copy_(told[self._text_of(rank)])
+            stage, leads = self._place(rank)
+            if (stage, leads) not in made:
+                made[stage, leads] = told = record.clone()
+                text = self._text_of(rank)
+                if rank and len(self._texts) + self._sharded > 1:
+                    mark = hashlib.sha256(text).digest() + len(text).to_bytes(8, "little")
+                    told[: len(mark)] = torch.frombuffer(bytearray(mark), dtype=torch.uint8)
+                if self._sharded:
+                    told[-CARD] = 1 + stage
+            one.copy_(made[stage, leads])
         return self
 
     def broadcast(self, tensor: Tensor, source: int, group: Any = None, async_op: bool = False) -> Simulated:
-        """The length of the text of ``source``, or that text."""
+        """The text of ``source``."""
         self._count("broadcast", tensor)
-        if at := self._text_of(source):
-            text = self._others[at - 1]
-            tensor.copy_(
-                torch.tensor([len(text)])
-                if tensor.dtype == torch.int64
-                else torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            )
+        if source:
+            tensor.copy_(torch.frombuffer(bytearray(self._text_of(source)), dtype=torch.uint8))
         return self
 
-    def _text_of(self, rank: int) -> int:
-        return rank * (1 + len(self._others)) // self.ranks
+    def _place(self, rank: int) -> tuple[int, bool]:
+        """The stage of a rank, and whether it is the first one there."""
+        stage = rank * len(self._texts) // self.ranks
+        return stage, rank == 0 or (rank - 1) * len(self._texts) // self.ranks < stage
+
+    def _text_of(self, rank: int) -> bytes:
+        stage, leads = self._place(rank)
+        return (self._texts if leads else self._rest)[stage]
 
     def _count(self, name: str, tensor: Tensor) -> None:
         self.calls.append((name, tensor.nbytes))

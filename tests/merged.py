@@ -29,8 +29,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock.collector
+import foreshock.merging
 from foreshock import Watch
 from foreshock.demo import kernel
+from foreshock.exchange import exchange
 from foreshock.meeting import PATIENCE
 from foreshock.merging import Merging
 from foreshock.monitors import Finding
@@ -42,6 +44,18 @@ RANK = int(os.environ.get("RANK", "0"))
 KERNEL_STEPS, BROKEN = 12, 6
 LONELY_STEPS = PATIENCE + 4
 ASTRAY_STEPS, ASTRAY, ASTRAY_EVERY = 480, 400, 10
+
+
+TEXTS: list[list[int]] = []  # of each agreement, how many texts there were of sites, and of prints
+
+
+def counted(*args: Any) -> Any:
+    cards, found = exchange(*args)
+    TEXTS.append([len(told) for told in found])
+    return cards, found
+
+
+foreshock.merging.exchange = counted
 
 
 def inputs(seed: int = 1) -> Any:
@@ -102,10 +116,12 @@ def write(
         "warnings": watch.coverage.warnings,
         "flushes": merging and merging.flushes,
         "agreements": merging and merging.agreements,
+        "texts": TEXTS.copy(),
         "step": watch.step,
         **more,
     }
     (out / f"{name}.{RANK}.json").write_text(json.dumps(told))
+    TEXTS.clear()
 
 
 def parallel(out: Path, name: str) -> None:
@@ -180,7 +196,7 @@ def apart(out: Path, name: str) -> None:
 
     probe = Probe("own", "attention", lambda facts, x, rows: {"size": x["q"].square().sum()}, finish)
     reads: list[int] = []
-    most, description = foreshock.collector.MOST_SAMPLES, Merging._description
+    most, description = foreshock.collector.MOST_SAMPLES, Merging._described_by
     probes, timeout = [probe] if name == "probe" else (), 5.0 if name == "late" else None
     monitors = ["default", Resizing()] if name == "mute" else None
     with Watch(
@@ -191,7 +207,7 @@ def apart(out: Path, name: str) -> None:
             read, watch.collector.optimizer = watch.collector.optimizer, lambda *x: (reads.append(x[0]), read(*x))
         if name == "mute" and RANK == 1:
             watch.ranks._weigh = failing_once(watch.ranks._weigh)
-            Merging._description = refuse
+            Merging._described_by = refuse
         run = model if name == "sites" and RANK == 0 else torch.compile(model, backend=watch.backend)
         optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
         for step in range(STEPS):
@@ -208,7 +224,7 @@ def apart(out: Path, name: str) -> None:
             optimizer.zero_grad()
             if name == "idle" and RANK == 0:
                 get_optimizer_state_dict(model, optimizer)
-    foreshock.collector.MOST_SAMPLES, Merging._description = most, description
+    foreshock.collector.MOST_SAMPLES, Merging._described_by = most, description
     write(out, name, watch, model, reads=reads, forward=watch.clock.forward_step)
 
 
@@ -351,7 +367,7 @@ def paced(out: Path, name: str) -> None:
                 optimizer.zero_grad()
             saved = watch.state_dict()
         (shared,), (own,) = saved["shared"], saved[f"rank{RANK}"]
-        state = {"shared": ({**shared, "ranks": 1, "untold": 0},), "rank0": (own,)}
+        state = {"shared": ({**shared, "ranks": 1, "untold": []},), "rank0": (own,)}
         shared["parts"]["pace"] = dict.fromkeys(shared["parts"]["pace"], 4)
     write(out, name, watch)
 

@@ -2,7 +2,7 @@
 
 One process trains alone to the end, and then forks the ranks of every other job: of a training which is never killed, of one
 that saves at some steps and is killed at a later one, and of one for each state that it left, which resumes in a copy of its
-folder.
+folder: to the end, or until it is killed right behind a save of its own, from which others go on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,7 @@ def train(
                 parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
                 dcp.save({**parts, "watch": watch}, checkpoint_id=folder / f"{step + 1}")
             if step + 1 == killed:
+                distributed.barrier()
                 os.kill(os.getpid(), signal.SIGKILL)
     told = {"alarms": [alarm.to_json() for alarm in watch.alarms], "warnings": watch.coverage.warnings, "begin": begin}
     (folder / f"told{rank}.json").write_text(json.dumps(told))
@@ -159,8 +161,14 @@ def forked(folder: Path, ranks: int, **options: Any) -> None:
         raise RuntimeError(f"the training in {folder} ended with {ends}")
 
 
+def named(jobs: Sequence[Any]) -> str:
+    """The folder of ``[ranks, load, ranks, load, ...]``."""
+    return ", ".join(f"{load} on {ranks}" for ranks, load in zip(jobs[::2], jobs[1::2], strict=True))
+
+
 def main(out: Path, plan: dict[str, Any]) -> None:
-    """``every``, ``flash``, ``saves``, ``killed``, and ``resumed``: ``[ranks, load]`` of each job that goes on."""
+    """``every``, ``flash``, ``saves``, ``killed``, and ``resumed``: ``[ranks, load]`` of each job that goes on, with those of the
+    jobs that go on behind it."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     for every, of in plan.items():
@@ -171,10 +179,13 @@ def main(out: Path, plan: dict[str, Any]) -> None:
             train(out / every / "one", 0, 1, **options)
         forked(out / every / "two", 2, **options)
         forked(out / every / "killed", 2, **options, saves=tuple(of["saves"]), killed=of["killed"])
-        for ranks, load in of["resumed"]:
-            folder = out / every / f"{load} on {ranks}"
+        for jobs in of["resumed"]:
+            folder = out / every / named(jobs)
             shutil.copytree(out / every / "killed", folder)
-            forked(folder, ranks, **options, load=load)
+            for ranks, load, *behind in (jobs[at:] for at in range(0, len(jobs), 2)):
+                last = int(behind[1].split()[0]) if behind else 0
+                ends: dict[str, Any] = {"saves": (last,), "killed": last} if behind else {}
+                forked(folder, ranks, **options, load=load, **ends)
 
 
 if __name__ == "__main__":

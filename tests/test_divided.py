@@ -98,6 +98,8 @@ def test_each_parameter_counts_once_in_the_norm_of_fsdp_and_tensor_parallel_grad
         ([("x", 0, [0, 1])], ["", ""], [[0, 1]]),  # copies
         ([("x", 0, [0, 2]), ("y", 0, [1])], ["", "", ""], [[0, 2], [1]]),  # stages
         ([(None, 0, [0, 1, 2, 3])], ["a", "a", "b", "b"], [[0, 1], [2, 3]]),  # stages under FSDP2, which tell the same
+        ([("x", 0, [0, 2]), (None, 0, [1, 3])], ["a", "a", "b", "b"], [[0, 1, 2, 3]]),  # copies
+        ([("x", 0, [0]), ("y", 0, [2]), (None, 0, [1, 3])], ["a", "a", "b", "b"], [[0, 1], [2, 3]]),  # others
         (
             [("x", 4, [0]), ("y", 4, [1]), ("u", 4, [2]), ("v", 4, [3])],
             ["a", "a", "b", "b"],

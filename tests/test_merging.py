@@ -50,6 +50,12 @@ def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two
     assert two.told("ddp, sampled")["flushes"] == STEPS // 2 + last + two.told("ddp, sampled")["agreements"]
 
 
+def test_of_ranks_with_parts_of_the_weights_all_but_one_say_the_same(two: Job) -> None:
+    """By which a job of thousands agrees as quickly as one of two."""
+    assert {tuple(texts) for texts in two.told("ddp")["texts"]} == {(1, 1)}
+    assert two.told("fsdp")["texts"] == [[1, 1]] + [[2, 1]] * (two.told("fsdp")["agreements"] - 1)  # at first none tells prints
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "tp"])
 def test_what_is_merged_is_what_the_ranks_measured(two: Job, name: str) -> None:
     same_as_parts(two, name, 2)
@@ -217,6 +223,8 @@ def test_four_ranks_tell_what_one_process_tells_of_the_whole_batch(alone: Job, t
     check(alone, job, name, 4)
     same_as_parts(job, name, 4)
     assert all(trains_alike(job.series(name, rank), job.series(f"{name}, plain", rank)) for rank in range(4))
+    if name == "fsdp":
+        assert max(job.told(name)["texts"]) == [2, 1]
 
 
 @pytest.mark.slow

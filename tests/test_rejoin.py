@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from jobs import same
-from rejoined import BROKEN, STEPS
+from rejoined import BROKEN, STEPS, named
 from resumed import most_records_of_a_step
 from test_resume import series
 
@@ -84,10 +84,12 @@ def told(alarm: foreshock.Alarm) -> foreshock.Alarm:
 
 def test_ranks_that_are_killed_go_on_from_any_step(tmp_path: Path) -> None:
     """The kernel breaks on rank 1 at step 7: of a state saved after it the flush with the alarm is under way. The alarm's action
-    saves too, between two flushes."""
+    saves too, between two flushes. A job that went on saves before its ranks have met, and is killed there."""
     of: dict[str, Any] = {"flash": True}
+    before_they_met = [2, "8", 2, "9 dcp"]
+    resumed = [[2, "1"], [2, "8 dcp"], [2, "9"], [2, "alarm"], before_they_met]
     plan = {
-        "1": {**of, "saves": [1, 8, 9], "killed": 13, "resumed": [[2, "1"], [2, "8 dcp"], [2, "9"], [2, "alarm"]]},
+        "1": {**of, "saves": [1, 8, 9], "killed": 13, "resumed": resumed},
         "2": {**of, "saves": [9], "killed": 14, "resumed": [[2, "9"]]},
         # After step 21 nothing is sampled any more.
         "10": {**of, "saves": [11, 20, 21], "killed": 23, "resumed": [[2, "11"], [2, "20 dcp"], [2, "21"]]},
@@ -98,8 +100,8 @@ def test_ranks_that_are_killed_go_on_from_any_step(tmp_path: Path) -> None:
             broken = [alarm for alarm in run.alarms if alarm.metric.startswith("law/")]
             assert [alarm.ranks for alarm in broken] == [(1,)]
             assert broken[0].step == {"1": BROKEN, "2": 8, "10": 10}[every]
-        for ranks, load in planned["resumed"]:
-            went_on(tmp_path / every / f"{load} on {ranks}")
+        for jobs in planned["resumed"]:
+            went_on(tmp_path / every / named(jobs))
 
 
 @pytest.mark.slow
@@ -130,12 +132,15 @@ def test_two_ranks_go_on_as_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_ranks_go_on_as_four(tmp_path: Path) -> None:
-    resumed = [[4, "9"], [4, "9 dcp"], [4, "9 first"]]
+    again = [[4, "9", 2, "10"], [4, "9 dcp", 1, "10 dcp"], [2, "9", 4, "10 dcp", 2, "11"]]
+    resumed = [[4, "9"], [4, "9 dcp"], [4, "9 first"], *again]
     plan = {"1": {"flash": False, "saves": [9], "killed": 12, "resumed": resumed}}
     trained(tmp_path, plan)
     for load in ("9", "9 dcp"):
         told = changed(tmp_path / f"1/{load} on 4", 4)
         assert told == (f"resuming at step 9: {SAVED} 4; rank 0 goes on with what it knew",)
+    for jobs in again:
+        changed(tmp_path / "1" / named(jobs), jobs[-2])
 
 
 @pytest.mark.slow

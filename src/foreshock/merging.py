@@ -29,7 +29,7 @@ from torch import distributed
 from foreshock import _torch
 from foreshock.apart import LOSS, OF_LOSS, OWN, Apart, folded, trends_of
 from foreshock.errors import ConfigError, ForeshockError
-from foreshock.exchange import device_of, exchange, named
+from foreshock.exchange import Told, card, device_of, exchange, named, shown
 from foreshock.gradients import SHARDS, WHOLE, copies
 from foreshock.instances import Instance
 from foreshock.kin import names
@@ -58,7 +58,7 @@ from foreshock.shards import (
     worst_ranks,
 )
 
-NOTHING = json.dumps({"shards": [], "loose": [], "gradients": []})
+NOTHING = json.dumps({"shards": [], "loose": []}), "[]"
 LONGEST = 600.0  # seconds a flush may be on its way: behind a pipeline's last stage the first has much of a step to go
 
 
@@ -262,8 +262,13 @@ class Merging:
         news, self._known = not having <= self._known, having
         return news
 
-    def _description(self) -> str:
-        shards = []
+    def _described_by(self, among: Sequence[int]) -> tuple[str, str]:
+        """What this rank merges, and the prints of the parameters of which it has the gradients whole.
+
+        Of the ranks ``among`` which weights lie (FSDP2) each has parts, whose prints are its own. The first alone tells them, so
+        that the others have one text; that they are one is known by `span`.
+        """
+        shards, tells = [], not among or among[0] == distributed.get_rank()
         for instance, quantities in self._quantities.items():
             site = instance.site
             if not is_literal(instance.facts):
@@ -274,7 +279,7 @@ class Merging:
             shards.append(
                 {
                     "key": [site.id, first, whole],
-                    "print": fingerprint(site),
+                    "print": fingerprint(site) if tells else None,
                     "site": site.to_json(),
                     "facts": repr(dict(instance.facts)),
                     "laws": dict(instance.laws),
@@ -283,7 +288,8 @@ class Merging:
                 }
             )
         loose = [[*key, size] for key, size in self._sizes.items()]
-        return json.dumps({"shards": shards, "loose": loose, "gradients": self._prints() if self._parameters else []})
+        prints = self._prints() if self._parameters else []
+        return json.dumps({"shards": shards, "loose": loose}), json.dumps(prints)
 
     # -- what all have -----------------------------------------------------------------------------------------------
 
@@ -292,22 +298,24 @@ class Merging:
         itself takes part with nothing, and tells nothing until there is news again."""
         failed: Exception | None = None
         try:
-            among, text = span(instance.site for instance in self._quantities), self._description()
+            among = span(instance.site for instance in self._quantities)
+            texts = self._described_by(among)
         except Exception as error:
-            among, text, failed = (), NOTHING, error
+            among, texts, failed = (), NOTHING, error
         self._described = failed is None
-        self._hosts, self._spans, found = exchange(self._group, text, among, self.timeout)
-        self._lay_out(found)
+        cards, (found, prints) = exchange(self._group, texts, card(among), self.timeout)
+        self._hosts, self._spans = shown(cards)
+        self._lay_out(found, prints)
         self.agreements += 1
         if failed is not None:
             self._fail("describing what the ranks merge; this rank has no part in it for now", failed)
 
-    def _lay_out(self, found: Sequence[tuple[Mapping[str, Any], Sequence[int]]]) -> None:
+    def _lay_out(self, found: Told, prints: Told) -> None:
         own = {(*extent(instance.site), instance.site.id): instance for instance in self._quantities}
         shards: dict[str, list[Shard]] = {}
         loose: dict[Part, int] = {}
         self._own, self._sites = {}, {}
-        self._copies = copies([(plain["gradients"], ranks) for plain, ranks in found], self.rank)
+        self._copies = copies(prints, self.rank)
         for (plain, _), called in zip(found, names(found, self._spans), strict=True):
             here: dict[str | None, dict[tuple[str, int], None]] = {}
             for one in plain["shards"]:

@@ -19,9 +19,9 @@ from foreshock.instances import Instance
 from foreshock.meeting import Meeting
 from foreshock.merging import Merging
 from foreshock.records import Array, Probe, Reading
-from foreshock.rejoin import Untold
 from foreshock.shards import Local, Whole
 from foreshock.store import store_of_this_rank
+from foreshock.untold import Untold
 
 AT_EXIT = 10.0  # the same where a process ends without having closed its watch
 ALONE = "meeting the other ranks; this one goes on watching for itself, in a folder of its own as with merge=False"

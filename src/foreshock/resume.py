@@ -1,7 +1,7 @@
 """What a watch saves, and how another goes on from it, also as one of more or fewer ranks.
 
 A state has three entries: ``shared``, the same on every rank, with what all have heard where they are merged; ``rankN``, what rank
-N alone knows; ``pendingN``, what it has measured and the ranks have not merged (`foreshock.rejoin`). Each is a tuple of one
+N alone knows; ``pendingN``, what it has measured and the ranks have not merged (`foreshock.untold`). Each is a tuple of one
 dictionary, because `torch.distributed.checkpoint` stores a tuple whole and takes dictionaries and lists apart: it
 loads what it is asked for by name, and a watch that has seen nothing yet cannot name what is in there.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from foreshock.agreement import this_rank
 from foreshock.errors import ConfigError
 
-VERSION = 2
+VERSION = 3
 PENDING = "pending"
 ALIKE = ("bias law", "judge", "collector", "actions", "pace", "apart")  # where ranks are merged: all hear the same
 Fail = Callable[[str, Exception], None]
@@ -36,7 +36,9 @@ def save(
             fail(f"saving the state of the {name}", error)
     shared = {"version": VERSION, "ranks": ranks, "merged": merged, "clock": clock.state_dict()}
     shared["parts"] = {name: saved.pop(name) for name in ALIKE if merged and name in saved}
-    shared["untold"] = max(entry["ranks"] for (entry,) in untold.values())
+    shared["untold"] = next(iter(untold.values()))[0][
+        "ranks"
+    ]  # of each job that had something to tell, how many ranks it had
     return {"shared": (shared,), f"rank{rank}": ({"step": clock.step, "parts": saved},), **untold}
 
 

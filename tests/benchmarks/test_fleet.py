@@ -53,17 +53,20 @@ def test_one_layer_is_as_large_as_in_the_job_that_was_run(layer: Layer) -> None:
     assert told >= {"run/loss", "optim/grad_square_of_shards", "router/row_norm_max", "attention/delta2_norm@50"}
 
 
-@pytest.mark.parametrize("texts", [1, LAYERS])
-def test_an_agreement_is_a_gather_and_two_broadcasts_a_text(layer: Layer, texts: int) -> None:
-    calls, _ = agreement(layer, LAYERS, RANKS, texts)
-    assert calls[0] == ("all_gather", 104)
-    names, sizes = zip(*calls[1:], strict=True)
-    assert names == ("broadcast",) * 2 * texts
-    assert sizes[::2] == (8,) * texts
-    merging, local = merging_of(layer, of_many(layer.local, LAYERS // texts)), of_many(layer.local, LAYERS // texts)
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("stages", [1, LAYERS])
+def test_an_agreement_is_a_gather_and_a_broadcast_for_each_text(layer: Layer, stages: int, sharded: bool) -> None:
+    """Of each stage there is one, or two where ranks hold weights between them, however many; and one of prints, alike here."""
+    merging, local = merging_of(layer, of_many(layer.local, LAYERS // stages)), of_many(layer.local, LAYERS // stages)
     with Simulated(RANKS).running():
         merging.launch(local)
-        assert sizes[1] == len(merging._description())
+        texts = [len(text) for text in merging._described_by(())]
+    for ranks in (RANKS, 64 * RANKS):
+        calls, _ = agreement(layer, LAYERS, ranks, stages, sharded)
+        assert calls[0] == ("all_gather", 152)
+        names, sizes = zip(*calls[1:], strict=True)
+        assert names == ("broadcast",) * (stages * (1 + sharded) + 1)
+        assert (sizes[0], sizes[-1]) == tuple(texts)
 
 
 def test_ranks_that_are_alike_have_the_mean_of_one(layer: Layer) -> None:
@@ -72,9 +75,9 @@ def test_ranks_that_are_alike_have_the_mean_of_one(layer: Layer) -> None:
         merging = merging_of(layer, local)
         merging.launch(local)
         whole = merging.receive()
-    assert [name for name, _ in job.calls] == ["all_reduce"] * 2 + ["all_gather"] + ["broadcast"] * 2 + [
-        "all_reduce"
-    ] * 2
+    assert [name for name, _ in job.calls] == [
+        *("all_reduce", "all_reduce", "all_gather", "broadcast", "broadcast", "all_reduce", "all_reduce")
+    ]
     readings = {(r.metric, r.site): r.values for at, of in whole.readings if at == local.step for r in of}
     for instance, sums in local.sums.items():
         for one in layer.watch.collector.finished(instance, sums):
