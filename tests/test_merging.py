@@ -53,7 +53,9 @@ def test_a_flush_is_two_reductions_and_layouts_are_agreed_when_there_is_news(two
 def test_of_ranks_with_parts_of_the_weights_all_but_one_say_the_same(two: Job) -> None:
     """By which a job of thousands agrees as quickly as one of two."""
     assert {tuple(texts) for texts in two.told("ddp")["texts"]} == {(1, 1)}
-    assert two.told("fsdp")["texts"] == [[1, 1]] + [[2, 1]] * (two.told("fsdp")["agreements"] - 1)  # at first none tells prints
+    assert two.told("fsdp")["texts"] == [[1, 1]] + [[2, 1]] * (
+        two.told("fsdp")["agreements"] - 1
+    )  # at first none tells prints
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "tp"])

@@ -123,14 +123,15 @@ class Earlier:
         before, members = self.before, self.members
         slots = range(rank, rank + ranks * -(-before // ranks), ranks)
         cards = [members[at].card if at in members else card((), "") for at in slots]
-        own = [[members[at].told if at in members else None for at in slots]]
-        own += [[members[at].prints if at in members else None for at in slots]]
-        if among is None or ranks == 1:
-            return cards, *([(plain, [at]) for at, plain in enumerate(row) if plain is not None] for row in own)
-        rows, texts = exchange(among._group, [json.dumps(one) for one in own], b"".join(cards), among.timeout)
-        return [rows[at % ranks][at // ranks * CARD :][:CARD] for at in range(before)], *(
-            _by_member(of, ranks) for of in texts
-        )
+        told = [members[at].told if at in members else None for at in slots]
+        prints = [members[at].prints if at in members else None for at in slots]
+        rows: list[bytes] = [b"".join(cards)]
+        found: list[Told] = [[(told, [0])], [(prints, [0])]]
+        if among is not None and ranks > 1:
+            texts = json.dumps(told), json.dumps(prints)
+            rows, found = exchange(among._group, texts, b"".join(cards), among.timeout)
+        cards = [rows[at % len(rows)][at // len(rows) * CARD :][:CARD] for at in range(before)]
+        return cards, _by_member(found[0], len(rows)), _by_member(found[1], len(rows))
 
 
 def _by_member(told: Told, ranks: int) -> Told:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,7 @@ class Untold:
             held = {at: entries[at]["jobs"][number] for at in mine if at in entries}
             members = {at: self._member(at, before, entry) for at, entry in held.items() if entry is not None}
             there = {at: member for at, member in members.items() if member is not None}
-            self._earlier.append(Earlier(before, there, lambda at, of=before: self._blank(at, of)))
+            self._earlier.append(Earlier(before, there, partial(self._blank, before)))
 
     def _member(self, at: int, before: int, entry: Entry) -> Member | None:
         try:
@@ -127,7 +128,7 @@ class Untold:
             self._fail(f"resuming; what rank {at} had not told is lost", error)
             return None
 
-    def _blank(self, at: int, before: int) -> Member:
+    def _blank(self, before: int, at: int) -> Member:
         return Member(at, before, {}, self._collector, self._probes, self._fail)
 
     def drop(self) -> None:
