@@ -132,7 +132,7 @@ def test_two_ranks_go_on_as_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_ranks_go_on_as_four(tmp_path: Path) -> None:
-    again = [[4, "9", 2, "10"], [4, "9 dcp", 1, "10 dcp"], [2, "9", 4, "10 dcp", 2, "11"]]
+    again = [[4, "9", 2, "10 dcp"], [4, "9 dcp", 1, "10"], [2, "9", 4, "10", 2, "11 dcp"]]
     resumed = [[4, "9"], [4, "9 dcp"], [4, "9 first"], *again]
     plan = {"1": {"flash": False, "saves": [9], "killed": 12, "resumed": resumed}}
     trained(tmp_path, plan)
