@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,34 +100,31 @@ def series(console: Console, largest: int) -> Any:
 
 
 def lengths(console: Console, largest: int) -> Any:
-    """Runs of so many records of 16 series, 8 numbers each for half of them: written, opened, read, reported."""
-    rows = []
+    """A run of 16 series, 8 numbers each for half of them, as it grows to so many records: written, closed, opened, read, reported."""
+    rows, written, filling = list[tuple[float, ...]](), 0, 0.0
     random = np.random.default_rng(0)
-    for size in halves(1000, largest):
-        with tempfile.TemporaryDirectory() as folder:
-            store = RunStore(folder)
 
-            def fill(store: RunStore = store, size: int = size) -> None:
-                for step in range(size):
-                    numbers = random.standard_normal((16, 8))
-                    store.write(
-                        step,
-                        [Reading(f"metric/{i}", "site", row[: 8 if i % 2 else 1]) for i, row in enumerate(numbers)],
-                    )
-                    if step % FLUSHED == FLUSHED - 1:
-                        store.flush()
-                store.close()
+    def fill(folder: str, first: int, last: int) -> None:
+        store = RunStore(folder)
+        for flushed in range(first, last, FLUSHED):
+            for step, numbers in enumerate(random.standard_normal((min(FLUSHED, last - flushed), 16, 8)), flushed):
+                readings = [Reading(f"metric/{i}", "site", row[: 8 if i % 2 else 1]) for i, row in enumerate(numbers)]
+                store.write(step, readings)
+            store.flush()
+        store.close()
 
-            filling = seconds(fill)
-            numbers = size * (8 * 8 + 8)
-            bytes_each = sum(file.stat().st_size for file in Path(folder).glob("*")) / numbers
-            opening = seconds(lambda folder=folder: open_run(folder).close())
+    with tempfile.TemporaryDirectory() as folder:
+        for size in halves(1000, largest):
+            filling += seconds(partial(fill, folder, written, size))
+            written = size
+            bytes_each = sum(file.stat().st_size for file in Path(folder).glob("run.sqlite*")) / (size * (8 * 8 + 8))
+            opening = seconds(lambda: open_run(folder).close())
             with open_run(folder) as run:
                 one, eight = (seconds(lambda run=run, m=m: run.series(m, "site")) for m in ("metric/0", "metric/1"))
                 page = Path(folder) / "report.html"
                 reporting = seconds(lambda run=run, page=page: write_report(run, page))
                 megabytes = page.stat().st_size / 1e6
-        rows.append((size, filling, bytes_each, opening, one, eight, reporting, megabytes))
+            rows.append((size, filling, bytes_each, opening, one, eight, reporting, megabytes))
     columns = ("records", "write s", "bytes a number", "open s", "read 1 s", "read 8 s", "report s", "report MB")
     found = shown(console, "run length", columns, rows, (1, 4, 5, 6))
     for name, value, most in (

@@ -105,7 +105,7 @@ class Trained:
 
     def brought(self) -> Brought:
         """What comes to the host in a plain loop of ten steps that nobody drains: a sample is worked off in the forward behind
-        it, and there the host waits for a device. The loop runs before, so that each step meets what those before left."""
+        it, and there the host waits for a device. One runs before, so that each step meets what those before left."""
         copies = 0
 
         def profile(frame: Any, event: str, argument: Any) -> None:
@@ -113,8 +113,7 @@ class Trained:
             if event == "c_call" and argument.__name__ in _TO_HOST:
                 copies += isinstance(getattr(argument, "__self__", None), torch.Tensor)
 
-        for _ in range(_BLOCK):
-            self.train()
+        self.train()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
             sys.setprofile(profile)
             try:
