@@ -100,7 +100,7 @@ def series(console: Console, largest: int) -> Any:
 
 
 def lengths(console: Console, largest: int) -> Any:
-    """A run of 16 series, 8 numbers each for half of them, as it grows to so many records: written, closed, opened, read, reported."""
+    """A run of 16 series, 8 numbers each for half of them, as it grows to so many records: written, opened, read, reported."""
     rows, written, filling = list[tuple[float, ...]](), 0, 0.0
     random = np.random.default_rng(0)
 
