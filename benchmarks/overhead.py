@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch._inductor.config
 from families import model_of
@@ -29,6 +31,8 @@ from rich.table import Table
 from torch import nn
 from trained import Compiled, Make, Trained, Way, compiled
 from transformer import Decoder, Size
+
+from foreshock.cost import REWRITING
 
 WAYS = {
     "inductor": Way(),
@@ -93,9 +97,9 @@ def steps(console: Console, name: str, found: dict[str, Trained], rounds: int) -
     """The table of step times."""
     for trained in found.values():
         trained.step()
-    times = interleaved(
-        {n: (t.step, SHORT if n[0] in "eh" and "=" not in n else BLOCK) for n, t in found.items()}, rounds
-    )
+    before = {way: own_seconds(trained) for way, trained in found.items()}
+    blocks = {way: SHORT if way[0] in "eh" and "=" not in way else BLOCK for way in found}
+    times = interleaved({way: (trained.step, blocks[way]) for way, trained in found.items()}, rounds)
     table = Table("way", "ms a step", "of inductor", "of eager", "target", title=f"{name}: steps, {rounds} rounds")
     ratios: dict[str, Any] = {}
     for way, taken in times.items():
@@ -108,7 +112,23 @@ def steps(console: Console, name: str, found: dict[str, Trained], rounds: int) -
     console.print(table)
     told = next(ratio(taken, taken).words for taken in times.values())
     console.print(f"  in brackets: {told}")
+    for way, trained in found.items():
+        if trained.watch is not None:
+            own = Counter(own_seconds(trained))
+            own.subtract(before[way])
+            ratios[way]["parts"] = parts = {n: 1e3 * s / rounds / blocks[way] for n, s in own.most_common() if s > 0}
+            more = float(np.median(times[way]) - np.median(times["inductor"])) * 1e3
+            told = ", ".join(f"{name} {taken:.1f}" for name, taken in parts.items() if taken >= 0.05)
+            rest = more - sum(parts.values())
+            console.print(
+                f"  {way} takes {more:.1f} ms more a step: on the host {told}; the graphs, or noise, {rest:.1f}"
+            )
     return ratios
+
+
+def own_seconds(trained: Trained) -> dict[str, float]:
+    """What the watch has taken so far, by its own account, part by part."""
+    return {} if trained.watch is None else dict(trained.watch.costs.seconds)
 
 
 def compilations(console: Console, name: str, make: Make, folder: Path) -> tuple[dict[str, Trained], dict[str, Any]]:
@@ -136,12 +156,16 @@ def compilations(console: Console, name: str, make: Make, folder: Path) -> tuple
         of_inductor = [cold["inductor"].seconds[0], warm["inductor"].seconds[0]]
         pairs = zip([one.seconds[0], warm[way].seconds[0]], of_inductor, strict=True)
         told = [f"{seconds:.1f} ({seconds / base:.2f})" for seconds, base in pairs]
+        if ours := own_seconds(found[way]).get(REWRITING):
+            told[1] += f", {ours:.2f} ours"
         if len(one.seconds) > 1:
             told[0] += f", both {one.seconds[1]:.1f} ({one.seconds[1] / of_inductor[0]:.2f})"
         counts = warm[way].graphs, warm[way].breaks, warm[way].recompiles, warm[way].kernels
         table.add_row(way, *told, *map(str, counts))
     console.print(table)
-    console.print("targets of inductor's: every=1 cold <= 1.25, warm <= 1.25, both variants <= 2.2")
+    console.print(
+        "targets of inductor's: every=1 cold <= 1.25, warm <= 1.25, both variants <= 2.2; ours: matching, rewriting"
+    )
     return found, {"cold": cold, "warm": warm}
 
 

@@ -99,9 +99,10 @@ class Trained:
         return sum(x.numel() * x.element_size() for x in held.values())
 
     def peak(self) -> int:
-        """The most held in any of ten steps, bytes."""
+        """The most held in any of ten steps, bytes; unwatched, all steps are alike."""
         gc.collect()
-        return self.held_bytes() + peak_bytes(lambda: [self.step() for _ in range(_BLOCK)])
+        steps = 1 if self.watch is None else _BLOCK
+        return self.held_bytes() + peak_bytes(lambda: [self.step() for _ in range(steps)])
 
     def brought(self) -> Brought:
         """What comes to the host in a plain loop of ten steps that nobody drains: a sample is worked off in the forward behind
