@@ -15,12 +15,14 @@ an all-gather as a ring, a broadcast as a tree. All-reduces between two and four
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -138,17 +140,32 @@ def agreement(
     layer: Layer, layers: int, ranks: int, stages: int = 1, sharded: bool = False
 ) -> tuple[list[tuple[str, int]], float]:
     """The same of agreeing on a layout among ``ranks`` of a pipeline of so many ``stages``. ``sharded``: those of a stage hold its
-    weights between them (FSDP2), so that the first alone tells their prints."""
-    share, described = layers // stages, []
+    weights between them (FSDP2), and take the sites in turns to read what no probe does."""
+    share, described = layers // stages, list[tuple[str, str, str]]()
     with Simulated(ranks).running():
         for stage in reversed(range(stages)):
             merging = merging_of(layer, local := of_many(layer.local, share, stage * share))
             merging.launch(local)
-            described.insert(0, merging._described_by(())[0])
-    rest = [_PRINT.sub('"print": null', text) for text in described] if sharded else []
-    with Simulated(ranks, described, rest).running() as job:
-        taken = least(merging._agree, 1 if ranks > 1000 else REPEATS)
-    return job.calls[: 2 + stages * (1 + sharded)], taken
+            described.insert(0, merging._description())
+
+    @cache
+    def of_place(stage: int, place: int) -> tuple[tuple[str, str, str], int]:
+        """Of the rank at a place of a stage's turns, whose first alone tells prints of weights."""
+        sites, loose, prints = described[stage]
+        keys = json.loads(loose)
+        names = {name: at for at, name in enumerate(dict.fromkeys(name for _, name, *_ in keys if name is not None))}
+        mine = [key for key in keys if key[1] is None or names[key[1]] % (ranks // stages) == place]
+        return (sites if place == 0 else _PRINT.sub('"print": null', sites), json.dumps(mine), prints), 1 + stage
+
+    def told(rank: int) -> tuple[tuple[str, str, str], int]:
+        stage = rank * stages // ranks
+        return of_place(stage, min(rank - stage * ranks // stages, 2 * layers)) if sharded else (described[stage], 0)
+
+    mine = {tuple(key[:-1]) for key in json.loads(told(0)[0][1])}
+    merging._sizes = {key: size for key, size in merging._sizes.items() if key in mine}
+    with Simulated(ranks, told).running() as job:
+        taken = least(merging._agree, 1)
+    return job.calls, taken - job.seconds
 
 
 def least(work: Callable[[], Any], repeats: int = REPEATS) -> float:

@@ -6,7 +6,8 @@ The ranks are alike but for the texts by which they describe what they merge whe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -22,15 +23,17 @@ ROOMS = ("merging", "exchange")  # of foreshock, where ranks speak to each other
 class Simulated:
     """Stands for `torch.distributed` as rank 0 of ``ranks`` sees it. ``calls``: each collective and its bytes.
 
-    ``texts``: of each stage of the model what its ranks tell, rank 0's own in front; stages have equal shares of the ranks, one
-    after the other. ``rest``: the same of all ranks of a stage but its first, where these hold its weights between them.
+    ``told(rank)``: the texts by which a rank describes what it merges when a layout is agreed, and the number of the group of ranks
+    that hold the weights between them, 0 for none; rank 0's own are among these. Without it all are as rank 0. ``seconds``: of the
+    processor, that making up took.
     """
 
     ReduceOp = distributed.ReduceOp
 
-    def __init__(self, ranks: int, texts: Sequence[str] = ("",), rest: Sequence[str] = ()) -> None:
-        self.ranks, self._sharded = ranks, bool(rest)
-        self._texts, self._rest = ([text.encode() for text in of] for of in (texts, rest or texts))
+    def __init__(self, ranks: int, told: Callable[[int], tuple[Sequence[str], int]] | None = None) -> None:
+        self.ranks, self._told = ranks, told
+        self._coming: list[str] = []  # texts that are broadcast next
+        self.seconds = 0.0
         self.calls: list[tuple[str, int]] = []
 
     def get_rank(self, group: Any = None) -> int:
@@ -52,7 +55,7 @@ class Simulated:
         """Ranks that are alike have the same numbers: of a largest, that is the number itself."""
         self._count("all_reduce", vector)
         if op == distributed.ReduceOp.SUM:
-            vector *= self.ranks // len(self._texts)
+            vector *= self.ranks
         return self
 
     def wait(self, timeout: Any = None) -> None:
@@ -60,35 +63,34 @@ class Simulated:
 
     def all_gather(self, records: list[Tensor], record: Tensor, group: Any = None, async_op: bool = False) -> Simulated:
         self._count("all_gather", record)
-        made: dict[tuple[int, bool], Tensor] = {}
-        for rank, one in enumerate(records):
-            stage, leads = self._place(rank)
-            if (stage, leads) not in made:
-                made[stage, leads] = told = record.clone()
-                text = self._text_of(rank)
-                if rank and len(self._texts) + self._sharded > 1:
-                    mark = hashlib.sha256(text).digest() + len(text).to_bytes(8, "little")
-                    told[: len(mark)] = torch.frombuffer(bytearray(mark), dtype=torch.uint8)
-                if self._sharded:
-                    told[-CARD] = 1 + stage
-            one.copy_(made[stage, leads])
+        start = time.process_time()
+        for one in records:
+            one.copy_(record)
+        if self._told is not None:
+            made: dict[tuple[tuple[str, ...], int], Tensor] = {}
+            found = [dict[str, int]() for _ in self._told(0)[0]]
+            for rank, one in enumerate(records):
+                texts, group = self._told(rank)
+                for known, text in zip(found, texts, strict=True):
+                    known.setdefault(text, rank)
+                key = tuple(texts), group
+                if key not in made:
+                    marks = [
+                        hashlib.sha256(x).digest() + len(x).to_bytes(8, "little") for x in (t.encode() for t in texts)
+                    ]
+                    made[key] = torch.frombuffer(bytearray(b"".join(marks)), dtype=torch.uint8)
+                one[: len(made[key])] = made[key]
+                one[-CARD] = group
+            self._coming = [text for known in found for text in known]
+        self.seconds += time.process_time() - start
         return self
 
     def broadcast(self, tensor: Tensor, source: int, group: Any = None, async_op: bool = False) -> Simulated:
-        """The text of ``source``."""
+        """The next text, in the order in which ranks that have another one come."""
         self._count("broadcast", tensor)
-        if source:
-            tensor.copy_(torch.frombuffer(bytearray(self._text_of(source)), dtype=torch.uint8))
+        if self._told is not None:
+            tensor.copy_(torch.frombuffer(bytearray(self._coming.pop(0).encode()), dtype=torch.uint8))
         return self
-
-    def _place(self, rank: int) -> tuple[int, bool]:
-        """The stage of a rank, and whether it is the first one there."""
-        stage = rank * len(self._texts) // self.ranks
-        return stage, rank == 0 or (rank - 1) * len(self._texts) // self.ranks < stage
-
-    def _text_of(self, rank: int) -> bytes:
-        stage, leads = self._place(rank)
-        return (self._texts if leads else self._rest)[stage]
 
     def _count(self, name: str, tensor: Tensor) -> None:
         self.calls.append((name, tensor.nbytes))

@@ -196,7 +196,7 @@ def apart(out: Path, name: str) -> None:
 
     probe = Probe("own", "attention", lambda facts, x, rows: {"size": x["q"].square().sum()}, finish)
     reads: list[int] = []
-    most, description = foreshock.collector.MOST_SAMPLES, Merging._described_by
+    most, description = foreshock.collector.MOST_SAMPLES, Merging._description
     probes, timeout = [probe] if name == "probe" else (), 5.0 if name == "late" else None
     monitors = ["default", Resizing()] if name == "mute" else None
     with Watch(
@@ -207,7 +207,7 @@ def apart(out: Path, name: str) -> None:
             read, watch.collector.optimizer = watch.collector.optimizer, lambda *x: (reads.append(x[0]), read(*x))
         if name == "mute" and RANK == 1:
             watch.ranks._weigh = failing_once(watch.ranks._weigh)
-            Merging._described_by = refuse
+            Merging._description = refuse
         run = model if name == "sites" and RANK == 0 else torch.compile(model, backend=watch.backend)
         optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-2), batches()
         for step in range(STEPS):
@@ -224,7 +224,7 @@ def apart(out: Path, name: str) -> None:
             optimizer.zero_grad()
             if name == "idle" and RANK == 0:
                 get_optimizer_state_dict(model, optimizer)
-    foreshock.collector.MOST_SAMPLES, Merging._described_by = most, description
+    foreshock.collector.MOST_SAMPLES, Merging._description = most, description
     write(out, name, watch, model, reads=reads, forward=watch.clock.forward_step)
 
 

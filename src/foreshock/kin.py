@@ -50,11 +50,11 @@ def first(family: Sequence[Alike]) -> int:
 
 
 def names(found: Told, spans: Sequence[bytes]) -> list[dict[str, dict[str, list[Sequence[int]]]]]:
-    """Of each text that ranks told: what a site of an id is called in the whole run, and by which of these ranks."""
+    """Of each text that ranks told of their sites: what a site of an id is called in the whole run, and by which of these ranks."""
     groups = [alike(ranks, spans) for _, ranks in found]
     told: dict[str, list[tuple[str | None, int, Sequence[Alike]]]] = {}
     for (plain, _), own in zip(found, groups, strict=True):
-        for one in plain["shards"]:
+        for one in plain:
             site, _, whole = one["key"]
             told.setdefault(site, []).append((one["print"], whole, own))
     called: dict[tuple[str, int], str] = {}
@@ -66,10 +66,10 @@ def names(found: Told, spans: Sequence[bytes]) -> list[dict[str, dict[str, list[
 
 
 def _by_name(
-    plain: Mapping[str, Any], own: Sequence[Alike], called: Mapping[tuple[str, int], str]
+    plain: Sequence[Mapping[str, Any]], own: Sequence[Alike], called: Mapping[tuple[str, int], str]
 ) -> dict[str, dict[str, list[Sequence[int]]]]:
     found: dict[str, dict[str, list[Sequence[int]]]] = {}
-    for site in dict.fromkeys(one["key"][0] for one in plain["shards"]):
+    for site in dict.fromkeys(one["key"][0] for one in plain):
         for group in own:
             found.setdefault(site, {}).setdefault(called[site, id(group)], []).append(group.ranks)
     return found

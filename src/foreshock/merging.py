@@ -18,7 +18,7 @@ from __future__ import annotations
 import ast
 import datetime
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,8 +43,8 @@ from foreshock.shards import (
     Part,
     Shard,
     Whole,
+    described,
     extent,
-    fingerprint,
     is_literal,
     is_told,
     joined,
@@ -53,12 +53,13 @@ from foreshock.shards import (
     scale,
     side_by_side,
     span,
+    spans,
     with_rank,
     without_rank,
     worst_ranks,
 )
 
-NOTHING = json.dumps({"shards": [], "loose": []}), "[]"
+NOTHING = "[]", "[]", "[]"  # a description
 LONGEST = 600.0  # seconds a flush may be on its way: behind a pipeline's last stage the first has much of a step to go
 
 
@@ -262,34 +263,20 @@ class Merging:
         news, self._known = not having <= self._known, having
         return news
 
-    def _described_by(self, among: Sequence[int]) -> tuple[str, str]:
-        """What this rank merges, and the prints of the parameters of which it has the gradients whole.
-
-        Of the ranks ``among`` which weights lie (FSDP2) each has parts, whose prints are its own. The first alone tells them, so
-        that the others have one text; that they are one is known by `span`.
-        """
-        shards, tells = [], not among or among[0] == distributed.get_rank()
-        for instance, quantities in self._quantities.items():
-            site = instance.site
-            if not is_literal(instance.facts):
-                told = f"the facts of {site.id} are no Python literals; it is not merged"
+    def _description(self) -> tuple[str, str, str]:
+        """This rank's sites; its readings that no probe made, of which under FSDP2 each rank has those of other sites; and the
+        prints of the parameters of which it has the gradients whole. Each is a text: what ranks have alike is told once."""
+        shards, mine = [], distributed.get_rank()
+        for instance, ranks in zip(
+            self._quantities, spans(instance.site for instance in self._quantities), strict=True
+        ):
+            if is_literal(instance.facts):
+                shards.append(described(instance, ranks, mine, self._quantities[instance], self._told[instance]))
+            else:
+                told = f"the facts of {instance.site.id} are no Python literals; it is not merged"
                 self._fail("merging ranks", ConfigError(told))
-                continue
-            first, whole = extent(site)
-            shards.append(
-                {
-                    "key": [site.id, first, whole],
-                    "print": fingerprint(site) if tells else None,
-                    "site": site.to_json(),
-                    "facts": repr(dict(instance.facts)),
-                    "laws": dict(instance.laws),
-                    "quantities": [[*name, *of] for name, of in quantities.items()],
-                    "told": [[name, size] for name, size in self._told[instance].items()],
-                }
-            )
         loose = [[*key, size] for key, size in self._sizes.items()]
-        prints = self._prints() if self._parameters else []
-        return json.dumps({"shards": shards, "loose": loose}), json.dumps(prints)
+        return json.dumps(shards), json.dumps(loose), json.dumps(self._prints() if self._parameters else [])
 
     # -- what all have -----------------------------------------------------------------------------------------------
 
@@ -298,47 +285,51 @@ class Merging:
         itself takes part with nothing, and tells nothing until there is news again."""
         failed: Exception | None = None
         try:
-            among = span(instance.site for instance in self._quantities)
-            texts = self._described_by(among)
+            among, texts = span(instance.site for instance in self._quantities), self._description()
         except Exception as error:
             among, texts, failed = (), NOTHING, error
         self._described = failed is None
-        cards, (found, prints) = exchange(self._group, texts, card(among), self.timeout)
+        cards, told = exchange(self._group, texts, card(among), self.timeout)
         self._hosts, self._spans = shown(cards)
-        self._lay_out(found, prints)
+        self._lay_out(*told)
         self.agreements += 1
         if failed is not None:
             self._fail("describing what the ranks merge; this rank has no part in it for now", failed)
 
-    def _lay_out(self, found: Told, prints: Told) -> None:
+    def _lay_out(self, sites: Told, loose: Told, prints: Told) -> None:
         own = {(*extent(instance.site), instance.site.id): instance for instance in self._quantities}
         shards: dict[str, list[Shard]] = {}
-        loose: dict[Part, int] = {}
+        here: list[dict[str | None, dict[tuple[str, int], None]]] = []  # of each text, where its sites stand
         self._own, self._sites = {}, {}
         self._copies = copies(prints, self.rank)
-        for (plain, _), called in zip(found, names(found, self._spans), strict=True):
-            here: dict[str | None, dict[tuple[str, int], None]] = {}
-            for one in plain["shards"]:
+        for (plain, _), called in zip(sites, names(sites, self._spans), strict=True):
+            here.append({})
+            for one in plain:
                 site, first, whole = one["key"]
                 for name, holders in called[site].items():
                     number = next((n for n, s in enumerate(shards.get(name, [])) if s.first == first), None)
                     if number is None:
                         shards.setdefault(name, []).append(self._shard(name, one, first, whole))
                         number = len(shards[name]) - 1
-                    here.setdefault(site, {})[name, number] = None
+                    here[-1].setdefault(site, {})[name, number] = None
                     shard = shards[name][number]
                     shard.quantities += [tuple(q) for q in one["quantities"] if tuple(q) not in shard.quantities]
                     shard.told += [tuple(t) for t in one["told"] if tuple(t) not in shard.told]
                     shard.holders += holders
                     if any(self.rank in of for of in holders) and (instance := own.get((first, whole, site))):
                         self._own[instance] = self._sites[site] = name, number
-            for metric_, site, age, size in plain["loose"]:
-                for known, number in here.get(site, {(site, 0): None}):
-                    loose[metric_, known, age, number] = size
-        for name, parts in shards.items():
-            for before, shard in zip(self._layout.shards.get(name, ()), parts, strict=False):
+        text_of = {rank: number for number, (_, ranks) in enumerate(sites) for rank in ranks}
+        parts: dict[Part, int] = {}
+        for plain, ranks in loose:
+            texts = {text_of[rank] for rank in ranks if rank in text_of}
+            for metric_, site, age, size in plain:
+                for text in texts:
+                    for known, number in here[text].get(site, {(site, 0): None}):
+                        parts[metric_, known, age, number] = size
+        for name, of in shards.items():
+            for before, shard in zip(self._layout.shards.get(name, ()), of, strict=False):
                 shard.instance.sampled = shard.instance.evaluations = before.instance.sampled
-        self._layout = Layout(shards, loose)
+        self._layout = Layout(shards, parts)
 
     def _shard(self, name: str, plain: Mapping[str, Any], first: int, whole: int) -> Shard:
         site = replace(Site.from_json(plain["site"]), id=name)

@@ -21,8 +21,8 @@ class LoadPlanner(DefaultLoadPlanner):
         rank, ranks = this_rank()
         for name, entry in state_dict.items():
             if f"{PENDING}{rank}" in (entry if isinstance(entry, dict) else ()):
-                at = rank + ranks
-                while f"{name}.{PENDING}{at}" in metadata.state_dict_metadata:
-                    entry[f"{PENDING}{at}"] = ({},)
-                    at += ranks
+                there = (key.removeprefix(f"{name}.{PENDING}") for key in metadata.state_dict_metadata)
+                for at in (int(place) for place in there if place.isdigit()):
+                    if at > rank and at % ranks == rank:
+                        entry[f"{PENDING}{at}"] = ({},)
         super().set_up_planner(state_dict, metadata, is_coordinator)

@@ -14,6 +14,7 @@ from foreshock.clock import StepClock
 from foreshock.collector import Collector
 from foreshock.config import Settings
 from foreshock.cost import SAMPLING
+from foreshock.errors import ForeshockError
 from foreshock.gradients import NORM, SHARDS, WHOLE
 from foreshock.instances import Instance
 from foreshock.meeting import Meeting
@@ -25,7 +26,8 @@ from foreshock.untold import Untold
 
 AT_EXIT = 10.0  # the same where a process ends without having closed its watch
 ALONE = "meeting the other ranks; this one goes on watching for itself, in a folder of its own as with merge=False"
-ASIDE = "merging what the ranks measured; this rank watches no more: another is gone, or {:g} s late (merge_timeout)"
+ASIDE = "merging what the ranks measured; this rank watches no more"
+LATE = ": another is gone, or {:g} s late (merge_timeout)"
 
 
 class Ranks:
@@ -132,7 +134,8 @@ class Ranks:
                 self._tell(step - 1 if settle else None, (step - 1) in sampled)
         except Exception as error:
             self._step_aside(step)
-            self._fail(ASIDE.format(self._settings.merge_timeout), error)
+            late = "" if isinstance(error, ForeshockError) else LATE.format(self._settings.merge_timeout)
+            self._fail(ASIDE + late, error)
 
     def _step_aside(self, step: int) -> None:
         """Neither take nor keep anything more: what is left to do is to count steps."""

@@ -35,10 +35,10 @@ class Member(Merging):
         super().__init__(probes, collector.finished, fail=fail)
         self._at, self._before = at, before
         self.entry = dict(entry)
-        shards, prints = (json.loads(text) for text in (entry["told"] if entry.get("locals") else NOTHING))
-        self.card, self.prints = card(entry.get("span", ()), entry.get("host", "")), prints
+        told = entry["told"] if entry.get("locals") else NOTHING
+        self.card = card(entry.get("span", ()), entry.get("host", ""))
         by_key = {}
-        for one in shards["shards"]:
+        for one in json.loads(told[0]):
             by_key[tuple(one["key"])] = instance = self._shard(one["key"][0], one, *one["key"][1:]).instance
             self._quantities[instance] = {}
         self.locals: dict[tuple[int, bool], Local] = {}
@@ -46,7 +46,7 @@ class Member(Merging):
             sums = {by_key[tuple(key)]: _cut(names, x) for key, names, x in one["sums"] if tuple(key) in by_key}
             loose = {(metric, site, age): np.array(values, float) for metric, site, age, values in one["loose"]}
             self.locals[one["step"], one["judged"]] = Local(one["step"], sums, loose)
-        self.told = {**shards, "steps": sorted(self.locals, key=_order)}
+        self.texts = *told, json.dumps(sorted(self.locals, key=_order))  # the last: which steps it has to tell
 
     @property
     def rank(self) -> int:
@@ -56,11 +56,11 @@ class Member(Merging):
     def world(self) -> int:
         return self._before
 
-    def meet_again(self, cards: Sequence[bytes], found: Told, prints: Told, apart: Apart) -> None:
+    def meet_again(self, cards: Sequence[bytes], told: Sequence[Told], apart: Apart) -> None:
         """Lay the vectors out as all members do."""
         self._hosts, self._spans = shown(cards)
         self.apart = apart
-        self._lay_out(found, prints)
+        self._lay_out(*told)
 
     def vectors(self, which: tuple[int, bool]) -> tuple[Array, Array]:
         """What this member had to tell of a step, to be added and to be compared."""
@@ -78,7 +78,8 @@ class Member(Merging):
 
     def done(self, which: tuple[int, bool]) -> None:
         """What was told is no more to be saved."""
-        self.entry["locals"] = [one for one in self.entry.get("locals", ()) if (one["step"], one["judged"]) != which]
+        left = [one for one in self.entry.get("locals", ()) if (one["step"], one["judged"]) != which]
+        self.entry = {**self.entry, "locals": left}  # a new one, for states that were saved hold that of before
 
 
 class Earlier:
@@ -94,9 +95,9 @@ class Earlier:
         """What all members had to tell, step by step, whether it is judged, and who knows its ranks. Called by every rank of those
         that merge, ``among`` whom this is one; None: it is alone. ``apart``: which ranks stood apart so far."""
         rank, ranks = (0, 1) if among is None else (among.rank, among.world)
-        cards, found, prints = self._described(among, rank, ranks)
-        steps = sorted({(step, judged) for plain, _ in found for step, judged in plain["steps"]}, key=_order)
-        absent = sorted(set(range(self.before)) - {at for _, of in found for at in of})
+        cards, (*told, waiting) = self._described(among, rank, ranks)
+        steps = sorted({(step, judged) for plain, _ in waiting for step, judged in plain}, key=_order)
+        absent = sorted(set(range(self.before)) - {at for _, of in waiting for at in of})
         if steps and absent:
             last = steps[-1][0]
             note(
@@ -106,7 +107,7 @@ class Earlier:
         blank = self._blank(rank)
         members = (*self.members.values(), blank)
         for member in members:
-            member.meet_again(cards, found, prints, apart)
+            member.meet_again(cards, told, apart)
         for which in steps:
             parts = [member.vectors(which) for member in members]
             sums, largest = np.sum([one for one, _ in parts], 0), np.max([one for _, one in parts], 0)
@@ -115,34 +116,35 @@ class Earlier:
             for member in members:
                 member.done(which)
             yield blank.whole(which[0], sums, largest), which[1], blank
-        if self.before != ranks:
-            apart.forget()  # ranks have other numbers now
 
-    def _described(self, among: Merging | None, rank: int, ranks: int) -> tuple[list[bytes], Told, Told]:
-        """Of each rank of the job that saved its card; and its descriptions and prints, with the members that have them."""
-        before, members = self.before, self.members
-        slots = range(rank, rank + ranks * -(-before // ranks), ranks)
-        cards = [members[at].card if at in members else card((), "") for at in slots]
-        told = [members[at].told if at in members else None for at in slots]
-        prints = [members[at].prints if at in members else None for at in slots]
+    def _described(self, among: Merging | None, rank: int, ranks: int) -> tuple[list[bytes], list[Told]]:
+        """Of each rank of the job that saved its card; and the texts of each kind, with the members that have them."""
+        slots = range(rank, rank + ranks * -(-self.before // ranks), ranks)
+        here = [self.members.get(at) for at in slots]
+        cards = [card((), "") if member is None else member.card for member in here]
+        own = [[member and member.texts[kind] for member in here] for kind in range(1 + len(NOTHING))]
         rows: list[bytes] = [b"".join(cards)]
-        found: list[Told] = [[(told, [0])], [(prints, [0])]]
+        found: list[Told] = [[(row, [0])] for row in own]
         if among is not None and ranks > 1:
-            texts = json.dumps(told), json.dumps(prints)
-            rows, found = exchange(among._group, texts, b"".join(cards), among.timeout)
-        cards = [rows[at % len(rows)][at // len(rows) * CARD :][:CARD] for at in range(before)]
-        return cards, _by_member(found[0], len(rows)), _by_member(found[1], len(rows))
+            rows, found = exchange(among._group, [json.dumps(row) for row in own], b"".join(cards), among.timeout)
+        cards = [rows[at % len(rows)][at // len(rows) * CARD :][:CARD] for at in range(self.before)]
+        return cards, [_by_member(told, len(rows)) for told in found]
+
+
+def alike(among: Merging, what: Any) -> bool:
+    """Whether all ranks of those that merge have the same. Called by each of them."""
+    _, [told] = exchange(among._group, [json.dumps(what)], b"", among.timeout)
+    return len(told) == 1
 
 
 def _by_member(told: Told, ranks: int) -> Told:
-    """What ranks told, each of the members ``rank + N * ranks`` in turn, by members."""
-    found = [
-        (plain, [at + place * ranks for at in holders])
-        for row, holders in told
-        for place, plain in enumerate(row)
-        if plain is not None
-    ]
-    return sorted(found, key=lambda one: one[1])
+    """The texts in rows that ranks told, each of the members ``rank + N * ranks`` in turn: every one once, with its members."""
+    holders: dict[str, list[int]] = {}
+    for row, of in told:
+        for place, text in enumerate(row):
+            if text is not None:
+                holders.setdefault(text, []).extend(at + place * ranks for at in of)
+    return sorted(((json.loads(text), sorted(members)) for text, members in holders.items()), key=lambda one: one[1])
 
 
 def _order(which: Sequence[Any]) -> tuple[int, bool]:

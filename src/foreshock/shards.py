@@ -213,15 +213,45 @@ def fingerprint(site: Site) -> str | None:
     return hashlib.sha256(b"".join(found)).hexdigest()[:16] if found else None
 
 
-def span(sites: Iterable[Site]) -> tuple[int, ...]:
-    """The ranks that hold weights of ``sites`` between them; none where every rank that has one has it whole."""
+def described(
+    instance: Instance,
+    ranks: Sequence[int],
+    rank: int,
+    quantities: Mapping[tuple[str, str], tuple[int, str]],
+    told: Mapping[str, int],
+) -> dict[str, Any]:
+    """A site as ``rank`` tells it to others. Of ``ranks`` that hold its weights between them each has parts, with a print of its
+    own: the first one's is enough, and the others' texts stay alike. Of parts that are heads each is a shard."""
+    first, whole = extent(instance.site)
+    tells = whole or not ranks or ranks[0] == rank
+    return {
+        "key": [instance.site.id, first, whole],
+        "print": fingerprint(instance.site) if tells else None,
+        "site": instance.site.to_json(),
+        "facts": repr(dict(instance.facts)),
+        "laws": dict(instance.laws),
+        "quantities": [[*name, *of] for name, of in quantities.items()],
+        "told": [[name, size] for name, size in told.items()],
+    }
+
+
+def spans(sites: Iterable[Site]) -> list[tuple[int, ...]]:
+    """Of each site the ranks that hold its weights between them; none where every rank that has it has it whole."""
     gathered = {id(found.whole): found.mesh for found in _torch.gathered_parameters()}
-    ranks: set[int] = set()
-    for x in (x for site in sites for x in _weights(site)):
-        ranks.update(gathered.get(id(x), ()))
-        if hasattr(x, "device_mesh"):
-            ranks.update(x.device_mesh.mesh.flatten().tolist())
-    return tuple(sorted(ranks))
+    found: list[tuple[int, ...]] = []
+    for site in sites:
+        ranks: set[int] = set()
+        for x in _weights(site):
+            ranks.update(gathered.get(id(x), ()))
+            if hasattr(x, "device_mesh"):
+                ranks.update(x.device_mesh.mesh.flatten().tolist())
+        found.append(tuple(sorted(ranks)))
+    return found
+
+
+def span(sites: Iterable[Site]) -> tuple[int, ...]:
+    """Those of all ``sites``."""
+    return tuple(sorted(set().union(*spans(sites))))
 
 
 def _weights(site: Site) -> list[torch.Tensor]:

@@ -19,10 +19,11 @@ import torch
 from foreshock.agreement import this_rank
 from foreshock.apart import Apart
 from foreshock.collector import Collector
+from foreshock.errors import ForeshockError
 from foreshock.gradients import WHOLE
 from foreshock.merging import NOTHING, Merging
 from foreshock.records import Array
-from foreshock.rejoin import Earlier, Entry, Fail, Member, Probes
+from foreshock.rejoin import Earlier, Entry, Fail, Member, Probes, alike
 from foreshock.resume import PENDING
 from foreshock.shards import Local, Loose, Whole, extent, span
 
@@ -101,7 +102,7 @@ class Untold:
             saved.append({"step": local.step, "judged": judged, "sums": _sums(local), "loose": loose})
         knows._parameters = unmet  # whose prints are then told
         among = span(instance.site for instance in knows._quantities)
-        told = knows._described_by(among) if saved else NOTHING
+        told = knows._description() if saved else NOTHING
         return {"locals": saved, "told": list(told), "span": list(among), "host": socket.gethostname()}
 
     # -- loaded --------------------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class Untold:
         self.since = min((entry["since"] for entry in entries.values()), default=step)
         for number, before in enumerate(state["shared"][0]["untold"]):
             mine = range(rank, before, ranks) if wanted else [rank]
-            held = {at: entries[at]["jobs"][number] for at in mine if at in entries}
+            held = {at: dict(enumerate(entries[at].get("jobs", ()))).get(number) for at in mine if at in entries}
             members = {at: self._member(at, before, entry) for at, entry in held.items() if entry is not None}
             there = {at: member for at, member in members.items() if member is not None}
             self._earlier.append(Earlier(before, there, partial(self._blank, before)))
@@ -142,10 +143,19 @@ class Untold:
 
     def wholes(self, among: Merging | None) -> Iterator[tuple[Whole, bool, Merging]]:
         """What the jobs before had to tell, as `Earlier.wholes` has it; called by every rank of those that merge."""
-        while self._earlier:
+        before = [job.before for job in self._earlier]
+        if among is not None and not alike(among, before):
+            self.forget()
+            told = "they have loaded states of other saves; what these held and was not merged is lost"
+            self._fail("merging what ranks had measured when the state was saved", ForeshockError(told))
+        for behind in [*before[1:], 1 if among is None else among.world]:
+            if not self._earlier:
+                return
             for whole, judged, member in self._earlier[0].wholes(among, self.apart, self._note):
                 self.since = whole.step + 1
                 yield whole, judged, member
+            if self._earlier and self._earlier[0].before != behind:
+                self.apart.forget()  # ranks have other numbers from here on
             del self._earlier[:1]
 
 

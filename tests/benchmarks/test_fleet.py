@@ -53,20 +53,29 @@ def test_one_layer_is_as_large_as_in_the_job_that_was_run(layer: Layer) -> None:
     assert told >= {"run/loss", "optim/grad_square_of_shards", "router/row_norm_max", "attention/delta2_norm@50"}
 
 
-@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("stages", [1, LAYERS])
-def test_an_agreement_is_a_gather_and_a_broadcast_for_each_text(layer: Layer, stages: int, sharded: bool) -> None:
-    """Of each stage there is one, or two where ranks hold weights between them, however many; and one of prints, alike here."""
+def test_an_agreement_is_a_gather_and_a_broadcast_for_each_text(layer: Layer, stages: int) -> None:
+    """Of each stage there is one of sites and one of readings beside them; and one of prints, alike here."""
     merging, local = merging_of(layer, of_many(layer.local, LAYERS // stages)), of_many(layer.local, LAYERS // stages)
     with Simulated(RANKS).running():
         merging.launch(local)
-        texts = [len(text) for text in merging._described_by(())]
-    for ranks in (RANKS, 64 * RANKS):
-        calls, _ = agreement(layer, LAYERS, ranks, stages, sharded)
-        assert calls[0] == ("all_gather", 152)
-        names, sizes = zip(*calls[1:], strict=True)
-        assert names == ("broadcast",) * (stages * (1 + sharded) + 1)
-        assert (sizes[0], sizes[-1]) == tuple(texts)
+        sites, loose, prints = (len(text) for text in merging._description())
+    for ranks in (LAYERS * RANKS, 64 * LAYERS * RANKS):
+        calls, _ = agreement(layer, LAYERS, ranks, stages)
+        assert calls == [
+            ("all_gather", 192),
+            *(("broadcast", size) for size in stages * [sites] + stages * [loose] + [prints]),
+        ]
+
+
+def test_ranks_that_hold_weights_between_them_tell_no_more_the_more_there_are(layer: Layer) -> None:
+    """One of them tells prints of weights, and each that has turns the readings of its own sites."""
+    whole, _ = agreement(layer, LAYERS, 64)
+    few, many = (agreement(layer, LAYERS, ranks, sharded=True)[0] for ranks in (64, 4096))
+    assert few == many
+    sites = 2 * LAYERS  # an attention and a router each
+    assert len(few) == 1 + 2 + (sites + 1) + 1
+    assert sum(size for _, size in few) < 3 * sum(size for _, size in whole)
 
 
 def test_ranks_that_are_alike_have_the_mean_of_one(layer: Layer) -> None:
@@ -76,7 +85,7 @@ def test_ranks_that_are_alike_have_the_mean_of_one(layer: Layer) -> None:
         merging.launch(local)
         whole = merging.receive()
     assert [name for name, _ in job.calls] == [
-        *("all_reduce", "all_reduce", "all_gather", "broadcast", "broadcast", "all_reduce", "all_reduce")
+        *("all_reduce", "all_reduce", "all_gather", *["broadcast"] * 3, "all_reduce", "all_reduce")
     ]
     readings = {(r.metric, r.site): r.values for at, of in whole.readings if at == local.step for r in of}
     for instance, sums in local.sums.items():
