@@ -3,7 +3,8 @@
     python benchmarks/overhead.py [--quick] [--json FOLDER] [--models dense moe llama] [--steps WAY ...]
 
 Each round runs a block of steps of every way, in turns; a ratio is that of medians over rounds, with the interval that holds
-95 % of its bootstrap, or of fewer than five rounds with their range. Blocks have ten steps, for some things are done every tenth.
+95 % of its bootstrap, or of fewer than five rounds with their range. Blocks have ten steps, for some things are done every tenth;
+they begin when the weight spectra have both their windows.
 A step is forward, backward, AdamW, and what foreshock does when it is over: merging, spectra, judging, writing to the run folder.
 
 Compile times are the processor's, compilers included, in a process that has compiled before: cold with an empty cache folder, and
@@ -97,6 +98,7 @@ def steps(console: Console, name: str, found: dict[str, Trained], rounds: int) -
     """The table of step times."""
     for trained in found.values():
         trained.step()
+        trained.settle()
     before = {way: own_seconds(trained) for way, trained in found.items()}
     blocks = {way: SHORT if way[0] in "eh" and "=" not in way else BLOCK for way in found}
     times = interleaved({way: (trained.step, blocks[way]) for way, trained in found.items()}, rounds)

@@ -86,6 +86,13 @@ class Trained:
         self._optimizer.step()
         self._optimizer.zero_grad()
 
+    def settle(self) -> None:
+        """As many steps that train nothing as the longest window of the weight spectra has: from then on each is measured."""
+        if self.watch is not None:
+            for _ in range(max(self.watch.settings.windows)):
+                self.watch.begin_forward(list(self.watch.instances))
+                self._optimizer.step()
+
     def held_bytes(self) -> int:
         """Parameters, gradients and Adam's two moments."""
         return 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
