@@ -76,7 +76,7 @@ def precision(dtypes: Iterable[torch.dtype], stages: int) -> torch.dtype:
 def increment(now: Stages, base: Stages, maps: Sequence[tuple[int, ...]]) -> Increment:
     """From the stages of one side."""
     (left, right), *inner = (_change(*of, *before) for of, before in zip(now, base, strict=True))
-    peak = torch.linalg.vector_norm(left, torch.inf, (-2, -1))
+    peak = torch.maximum(left.amax((-2, -1)), -left.amin((-2, -1)))  # a norm of order inf is a loop over scalars on CPU
     # The blocks of the Gram matrix, each product once: half of it is the other half's transpose.
     if inner:
         peak = peak / _nonzero(torch.linalg.vector_norm(left, dim=(-2, -1)))
