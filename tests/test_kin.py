@@ -15,8 +15,8 @@ RANKS = 4096
 SITES = [f"attention:layers.{number}" for number in range(8)]
 
 
-def text(print_: str) -> dict[str, Any]:
-    return {"shards": [{"key": [site, 0, 0], "print": f"{print_} {site}"} for site in SITES]}
+def text(print_: str) -> list[dict[str, Any]]:
+    return [{"key": [site, 0, 0], "print": f"{print_} {site}"} for site in SITES]
 
 
 def test_ranks_are_not_walked_for_each_site() -> None:
@@ -30,7 +30,7 @@ def test_ranks_are_not_walked_for_each_site() -> None:
 
 def test_one_text_told_by_two_stages_is_two_sites() -> None:
     """Under FSDP2 prints are None, and what tells them apart is with whom they share their weights."""
-    told = {"shards": [{"key": [SITES[0], 0, 0], "print": None}]}
+    told = [{"key": [SITES[0], 0, 0], "print": None}]
     (found,) = names([(told, [0, 1, 2, 3])], [b"x", b"y", b"x", b"y"])
     assert found == {SITES[0]: {SITES[0]: [[0, 2]], f"{SITES[0]}@1": [[1, 3]]}}
 
