@@ -106,10 +106,9 @@ class Trained:
         return sum(x.numel() * x.element_size() for x in held.values())
 
     def peak(self) -> int:
-        """The most held in any of ten steps, bytes; unwatched, all steps are alike."""
+        """The most held in any of ten steps, bytes."""
         gc.collect()
-        steps = 1 if self.watch is None else _BLOCK
-        return self.held_bytes() + peak_bytes(lambda: [self.step() for _ in range(steps)])
+        return self.held_bytes() + peak_bytes(lambda: [self.step() for _ in range(_BLOCK)])
 
     def brought(self) -> Brought:
         """What comes to the host in a plain loop of ten steps that nobody drains: a sample is worked off in the forward behind
