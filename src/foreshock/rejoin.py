@@ -131,7 +131,7 @@ class Earlier:
         return cards, [_by_member(told, len(rows)) for told in found]
 
 
-def alike(among: Merging, what: Any) -> bool:
+def same_on_all(among: Merging, what: Any) -> bool:
     """Whether all ranks of those that merge have the same. Called by each of them."""
     _, [told] = exchange(among._group, [json.dumps(what)], b"", among.timeout)
     return len(told) == 1

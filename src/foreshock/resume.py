@@ -36,9 +36,8 @@ def save(
             fail(f"saving the state of the {name}", error)
     shared = {"version": VERSION, "ranks": ranks, "merged": merged, "clock": clock.state_dict()}
     shared["parts"] = {name: saved.pop(name) for name in ALIKE if merged and name in saved}
-    shared["untold"] = next(iter(untold.values()))[0][
-        "ranks"
-    ]  # of each job that had something to tell, how many ranks it had
+    (entry,) = next(iter(untold.values()))
+    shared["untold"] = entry["ranks"]  # of each job that had something to tell, how many ranks it had
     return {"shared": (shared,), f"rank{rank}": ({"step": clock.step, "parts": saved},), **untold}
 
 

@@ -23,7 +23,7 @@ from foreshock.errors import ForeshockError
 from foreshock.gradients import WHOLE
 from foreshock.merging import NOTHING, Merging
 from foreshock.records import Array
-from foreshock.rejoin import Earlier, Entry, Fail, Member, Probes, alike
+from foreshock.rejoin import Earlier, Entry, Fail, Member, Probes, same_on_all
 from foreshock.resume import PENDING
 from foreshock.shards import Local, Loose, Whole, extent, span
 
@@ -38,9 +38,8 @@ class Untold:
     def __init__(self, collector: Collector, probes: Probes, fail: Fail) -> None:
         self._collector, self._probes, self._fail = collector, probes, fail
         self.packed: dict[int, Local] = {}
-        self._earlier: list[
-            Earlier
-        ] = []  # jobs whose state was loaded and is not merged yet, in the order in which they ran
+        # Jobs whose state was loaded and is not merged yet, in the order in which they ran.
+        self._earlier: list[Earlier] = []
         self._note: Callable[[str], None] = lambda told: None
         self.since = 0
         self.apart = Apart()
@@ -144,7 +143,7 @@ class Untold:
     def wholes(self, among: Merging | None) -> Iterator[tuple[Whole, bool, Merging]]:
         """What the jobs before had to tell, as `Earlier.wholes` has it; called by every rank of those that merge."""
         before = [job.before for job in self._earlier]
-        if among is not None and not alike(among, before):
+        if among is not None and not same_on_all(among, before):
             self.forget()
             told = "they have loaded states of other saves; what these held and was not merged is lost"
             self._fail("merging what ranks had measured when the state was saved", ForeshockError(told))
